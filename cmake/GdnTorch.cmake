@@ -1,0 +1,25 @@
+# Finds LibTorch in the Python environment (.venv by default, else GDN_PYTHON) and wraps it in the target gdn_torch.
+if(NOT GDN_PYTHON)
+  if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
+    set(GDN_PYTHON "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
+  else()
+    set(GDN_PYTHON python3)
+  endif()
+endif()
+if(NOT Torch_DIR)
+  execute_process(
+    COMMAND "${GDN_PYTHON}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+    OUTPUT_VARIABLE GDN_TORCH_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE GDN_TORCH_FAILED ERROR_QUIET)
+  if(GDN_TORCH_FAILED)
+    message(FATAL_ERROR "torch was not found by ${GDN_PYTHON}: run `make setup` first, or configure with -DGDN_TORCH=OFF")
+  endif()
+  set(Torch_DIR "${GDN_TORCH_ROOT}/share/cmake/Torch" CACHE PATH "LibTorch of the Python wheel")
+endif()
+find_package(Torch REQUIRED CONFIG)
+add_library(gdn_torch INTERFACE)
+target_link_libraries(gdn_torch INTERFACE ${TORCH_LIBRARIES})
+separate_arguments(GDN_TORCH_FLAGS UNIX_COMMAND "${TORCH_CXX_FLAGS}")
+target_compile_options(gdn_torch INTERFACE ${GDN_TORCH_FLAGS})
+target_compile_definitions(gdn_torch INTERFACE USE_DISTRIBUTED)
+# Torch's headers are not ours to warn about.
+target_include_directories(gdn_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
