@@ -23,3 +23,14 @@ target_compile_options(gdn_torch INTERFACE ${GDN_TORCH_FLAGS})
 target_compile_definitions(gdn_torch INTERFACE USE_DISTRIBUTED)
 # Torch's headers are not ours to warn about.
 target_include_directories(gdn_torch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
+
+# at::parallel_for is a header over OpenMP. It must run on the OpenMP runtime that torch itself has loaded, or
+# torch.set_num_threads would rule another pool than ours: link torch's own copy where the wheel brings one.
+file(GLOB GDN_TORCH_GOMP ${TORCH_INSTALL_PREFIX}/lib/libgomp*.so* ${TORCH_INSTALL_PREFIX}/../torch.libs/libgomp*.so*)
+if(GDN_TORCH_GOMP)
+  list(GET GDN_TORCH_GOMP 0 GDN_TORCH_OPENMP)
+else()
+  find_package(OpenMP REQUIRED)
+  set(GDN_TORCH_OPENMP ${OpenMP_CXX_LIBRARIES})
+endif()
+set_source_files_properties("${PROJECT_SOURCE_DIR}/gdn/ops/common.cpp" PROPERTIES COMPILE_OPTIONS -fopenmp)

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the torch side of every kernel family shares: element types, shape and cu_seqlens checks,
+// operator handles, and the question whether a call takes part in differentiation. Loading the
+// library also makes torch's threads (torch.set_num_threads, OMP_NUM_THREADS) those of
+// gdn::parallel_for; see common.cpp.
+//
+// An op family is one file that registers, in this order:
+//   schema  TORCH_LIBRARY_FRAGMENT(gdn, m):      x(...) and x_bwd(...), functional
+//   CPU     TORCH_LIBRARY_IMPL(gdn, CPU, m):     check, allocate, call the kernel
+//   Meta    TORCH_LIBRARY_IMPL(gdn, Meta, m):    shapes by SymInt
+//   grad    TORCH_LIBRARY_IMPL(gdn, Autograd, m): a torch::autograd::Function whose backward calls
+//   x_bwd, and
+//                                                autograd_not_implemented() for x_bwd
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "gdn/base/check.h"
+#include "gdn/base/dtype.h"
+
+namespace gdn::ops {
+
+// The element type of `t`; throws "[op] name must be float32, float64, bfloat16 or float16, got
+// ...".
+DType dtype_of(const char* op, const char* name, const at::Tensor& t);
+
+// What a kernel accumulates in and stores states, gates and beta in: float64 for float64, else
+// float32.
+at::ScalarType acc_type(at::ScalarType dtype);
+
+// "[2, 16, 4]"; symbolic sizes print as expressions.
+std::string shape_str(const at::Tensor& t);
+
+// Throws "[op] name must be LAYOUT with sizes [..], got [..]" unless the sizes are these; -1
+// matches anything.
+void check_shape(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes,
+                 const char* layout);
+
+// Throws unless `t` has `dim` dimensions. Reads no sizes, so it is safe in Meta functions.
+void check_dim(const char* op, const char* name, const at::Tensor& t, int64_t dim,
+               const char* layout);
+
+// Throws unless `t` has the dtype and the device of `like`.
+void check_same(const char* op, const char* name, const at::Tensor& t, const char* like_name,
+                const at::Tensor& like);
+
+// cu_seqlens as the kernels want it: int64 [N+1], contiguous, on the host, checked (1-D int32 or
+// int64, at least two entries, first 0, never decreasing, last == total_tokens). Undefined in,
+// undefined out.
+at::Tensor host_cu_seqlens(const char* op, const std::optional<at::Tensor>& cu_seqlens,
+                           int64_t total_tokens);
+
+// A 1-D tensor of state slots as int64 on the host, each in [.., num_slots), non-negative ones all
+// different. Undefined in, undefined out.
+at::Tensor host_slots(const char* op, const std::optional<at::Tensor>& slots, int64_t num_sequences,
+                      int64_t num_slots);
+
+inline const int64_t* data_or_null(const at::Tensor& int64_tensor) {
+  return int64_tensor.defined() ? int64_tensor.const_data_ptr<int64_t>() : nullptr;
+}
+inline const void* data_or_null(const std::optional<at::Tensor>& t) {
+  return t.has_value() && t->defined() ? t->const_data_ptr() : nullptr;
+}
+inline bool has(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
+
+// Contiguous `t` of dtype `dtype`, or nothing.
+std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& t, at::ScalarType dtype);
+
+// The last dimension must be dense and the leading ones must collapse into one row stride;
+// otherwise a copy is made. rows_of(t).stride(-2) is then the distance between rows of the view
+// [rows, t.size(-1)].
+at::Tensor as_rows(const at::Tensor& t);
+
+// Handle of a gdn op. Keep it in a static: finding it takes a lock and a hash lookup.
+//   static const auto op = typed_op<decltype(l2norm)>("gdn::l2norm");
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> typed_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline bool differentiable(const at::Tensor& t) {
+  return t.defined() && (t.requires_grad() || t._fw_grad(/*level=*/0).defined());
+}
+inline bool differentiable(const std::optional<at::Tensor>& t) {
+  return has(t) && differentiable(*t);
+}
+
+// Whether any of these inputs makes the call differentiable; if not, an op skips its
+// autograd::Function.
+template <typename... Tensors>
+bool wants_grad(const Tensors&... t) {
+  return c10::GradMode::is_enabled() && (differentiable(t) || ...);
+}
+
+}  // namespace gdn::ops
