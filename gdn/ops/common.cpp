@@ -137,12 +137,24 @@ std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& t, at::
   return t->to(dtype).contiguous();
 }
 
-at::Tensor as_rows(const at::Tensor& t) {
-  if (t.is_contiguous()) return t;
-  bool rows = t.dim() >= 2 && t.stride(-1) == 1;
-  for (int64_t i = t.dim() - 3; rows && i >= 0; --i)
-    rows = t.stride(i) == t.stride(i + 1) * t.size(i + 1);
-  return rows ? t : t.contiguous();
+Rows rows_of(const at::Tensor& t) {
+  GDN_CHECK(t.dim() >= 1,
+            "[rows_of] a tensor of rows must have at least 1 dimension, got a scalar");
+  if (t.is_contiguous()) return {t, {1, t.size(-1)}};
+  const int64_t dim = t.size(-1);
+  bool fits = dim == 1 || t.stride(-1) == 1;
+  int64_t group = 1;        // rows that follow each other densely
+  int64_t i = t.dim() - 2;  // the dimensions right of i lie within a group
+  while (fits && i >= 0 && (t.size(i) == 1 || t.stride(i) == group * dim)) group *= t.size(i--);
+  while (i >= 0 && t.size(i) == 1) --i;
+  const int64_t stride = i >= 0 ? t.stride(i) : group * dim;
+  int64_t span = 1;  // groups that lie `stride` apart
+  for (; fits && i >= 0; --i) {
+    fits = t.size(i) == 1 || t.stride(i) == span * stride;
+    span *= t.size(i);
+  }
+  if (fits && stride > 0) return {t, {group, stride}};
+  return {t.contiguous(), {1, dim}};
 }
 
 }  // namespace gdn::ops

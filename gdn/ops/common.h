@@ -10,7 +10,7 @@
 //   Meta    TORCH_LIBRARY_IMPL(gdn, Meta, m):    shapes by SymInt
 //   grad    TORCH_LIBRARY_IMPL(gdn, Autograd, m): a torch::autograd::Function whose backward calls
 //   x_bwd, and
-//                                                autograd_not_implemented() for x_bwd
+//                                                autogradNotImplementedFallback() for x_bwd
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,6 +23,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/base/dtype.h"
+#include "gdn/kernels/rows.h"
 
 namespace gdn::ops {
 
@@ -72,10 +73,16 @@ inline bool has(const std::optional<at::Tensor>& t) { return t.has_value() && t-
 // Contiguous `t` of dtype `dtype`, or nothing.
 std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& t, at::ScalarType dtype);
 
-// The last dimension must be dense and the leading ones must collapse into one row stride;
-// otherwise a copy is made. rows_of(t).stride(-2) is then the distance between rows of the view
-// [rows, t.size(-1)].
-at::Tensor as_rows(const at::Tensor& t);
+// A tensor as rows of its last dimension for kernels that take a RowLayout; `tensor` keeps the
+// memory alive.
+struct Rows {
+  at::Tensor tensor;
+  RowLayout layout;
+};
+
+// `t` itself where its last dimension is dense and its rows fit a RowLayout (all slices of the last
+// dimension do, and heads inside tokens), else a contiguous copy.
+Rows rows_of(const at::Tensor& t);
 
 // Handle of a gdn op. Keep it in a static: finding it takes a lock and a hash lookup.
 //   static const auto op = typed_op<decltype(l2norm)>("gdn::l2norm");

@@ -15,21 +15,14 @@
 #include <thread>
 
 #include "gdn/base/parallel.h"
+#include "tests/ops/support.h"
 
 namespace gdn::ops {
 namespace {
 
 using ::testing::ElementsAre;
+using testing::error_of;
 using ::testing::HasSubstr;
-
-std::string error_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 TEST(Common, TorchThreadsRuleParallelFor) {
   const int before = at::get_num_threads();
@@ -85,14 +78,35 @@ TEST(Common, SlotsAreChecked) {
               HasSubstr("got 2 twice"));
 }
 
-TEST(Common, RowsKeepAStrideOrAreCopied) {
-  const at::Tensor wide = at::arange(2 * 3 * 10).view({2, 3, 10});
-  const at::Tensor slice = wide.slice(-1, 2, 6);
-  EXPECT_EQ(as_rows(slice).data_ptr(), slice.data_ptr());
-  EXPECT_EQ(as_rows(slice).stride(-2), 10);
-  EXPECT_NE(as_rows(wide.slice(1, 0, 2)).data_ptr(),
-            wide.data_ptr());  // rows are not equally spaced
-  EXPECT_TRUE(as_rows(wide.transpose(1, 2)).is_contiguous());
+// Reads every element through the layout and compares with torch's own indexing.
+void expect_rows(const at::Tensor& t, bool copied) {
+  const Rows rows = rows_of(t);
+  EXPECT_EQ(rows.tensor.data_ptr() != t.data_ptr(), copied);
+  const int64_t dim = t.size(-1);
+  const at::Tensor dense = t.contiguous();
+  const int64_t* expected = dense.const_data_ptr<int64_t>();
+  for (int64_t row = 0; row < t.numel() / dim; ++row) {
+    for (int64_t i = 0; i < dim; ++i) {
+      EXPECT_EQ(rows.tensor.const_data_ptr<int64_t>()[rows.layout.offset(row, dim) + i],
+                expected[row * dim + i]);
+    }
+  }
+}
+
+TEST(Common, RowsKeepTheirMemoryWhereALayoutFits) {
+  const at::Tensor wide = at::arange(2 * 3 * 12).view({2, 3, 12});
+  expect_rows(wide, false);
+  expect_rows(wide.slice(-1, 2, 6), false);
+  expect_rows(wide.slice(-1, 2, 10).unflatten(-1, {2, 4}), false);  // heads inside tokens
+  expect_rows(wide.slice(-1, 2, 10).unflatten(-1, {2, 1, 4}), false);
+  expect_rows(wide.slice(0, 0, 1).slice(-1, 0, 4), false);
+  expect_rows(wide.slice(1, 0, 1), false);
+  expect_rows(wide.slice(1, 0, 2), false);  // two dense rows per group
+  expect_rows(wide.slice(1, 0, 2).slice(-1, 0, 4), true);
+  expect_rows(wide.transpose(1, 2), true);
+  expect_rows(wide.slice(-1, 0, 1), false);
+  expect_rows(at::arange(3).view({3, 1}).expand({3, 4}), true);
+  expect_rows(at::arange(4).expand({3, 4}), true);
 }
 
 TEST(Common, ShapeAndTypeErrorsNameTheValue) {

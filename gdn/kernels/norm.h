@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// L2 norm, RMS norm and gated RMS norm over the last dimension, one kernel for the three:
+//   r = 1 / sqrt(m * sum x^2 + eps)      m = 1 (kL2) or 1 / dim (kRms)
+//   y = x * r * weight * act(gate)       weight and gate where given
+// The arithmetic is fp32 (double for double) until y is stored. Backward computes r again: it has
+// to read x anyway.
+#pragma once
+
+#include <cstdint>
+
+#include "gdn/base/dtype.h"
+#include "gdn/kernels/rows.h"
+
+namespace gdn {
+
+enum class NormKind : uint8_t { kL2, kRms };
+enum class NormGate : uint8_t { kSilu, kSigmoid };
+
+// T = the type of dtype; A = double where dtype is kF64, else float.
+struct NormParams {
+  NormKind kind = NormKind::kRms;
+  int64_t rows = 0, dim = 0;
+  DType dtype = DType::kF32;  // of x, gate, y and their gradients
+  double eps = 0;
+  const void* x = nullptr;  // T [rows, dim]
+  RowLayout x_layout;
+  const void* weight = nullptr;  // A [dim]; null: ones
+  const void* gate = nullptr;    // T [rows, dim]; null: no gate
+  RowLayout gate_layout;
+  NormGate activation = NormGate::kSilu;
+};
+
+// Outputs are contiguous.
+void norm_forward(const NormParams& params, void* y /* T [rows, dim] */);
+
+struct NormGrads {
+  const void* dy = nullptr;  // T [rows, dim]
+  RowLayout dy_layout;
+  void* dx = nullptr;       // T [rows, dim]
+  void* dgate = nullptr;    // T [rows, dim], with a gate
+  void* dweight = nullptr;  // A [dim]; null: not wanted
+};
+void norm_backward(const NormParams& params, const NormGrads& grads);
+
+// The oracle, in double for every dtype; dy as in NormGrads, all other pointers double arrays or
+// null.
+void norm_naive_forward(const NormParams& params, double* y);
+void norm_naive_backward(const NormParams& params, const double* dy, double* dx, double* dgate,
+                         double* dweight);
+
+}  // namespace gdn

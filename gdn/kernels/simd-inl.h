@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the elementwise and row-wise kernels share on top of Highway: loads and stores that convert
+// the storage types, loops over lanes with a tail, and the activations. Included once per SIMD
+// target, hence the toggling guard.
+#if defined(GDN_KERNELS_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GDN_KERNELS_SIMD_INL_H_
+#undef GDN_KERNELS_SIMD_INL_H_
+#else
+#define GDN_KERNELS_SIMD_INL_H_
+#endif
+
+#include <cstdint>
+
+#include "gdn/base/dtype.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Calls f(d, i) for i = 0, N, 2N, ... with a full vector tag, then for each index that is left with
+// a tag of one lane.
+template <typename A, class F>
+HWY_INLINE void for_lanes(int64_t n, F&& f) {
+  const hn::ScalableTag<A> d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) f(d, i);
+  const hn::CappedTag<A, 1> d1;
+  for (; i < n; ++i) f(d1, i);
+}
+
+// Sum over i of f(d, i) with four chains, so that the additions' latency is hidden.
+template <typename A, class F>
+HWY_INLINE A sum_lanes(int64_t n, F&& f) {
+  const hn::ScalableTag<A> d;
+  const int64_t lanes = hn::Lanes(d);
+  auto s0 = hn::Zero(d), s1 = hn::Zero(d), s2 = hn::Zero(d), s3 = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    s0 = hn::Add(s0, f(d, i));
+    s1 = hn::Add(s1, f(d, i + lanes));
+    s2 = hn::Add(s2, f(d, i + 2 * lanes));
+    s3 = hn::Add(s3, f(d, i + 3 * lanes));
+  }
+  for (; i + lanes <= n; i += lanes) s0 = hn::Add(s0, f(d, i));
+  const hn::CappedTag<A, 1> d1;
+  auto tail = hn::Zero(d1);
+  for (; i < n; ++i) tail = hn::Add(tail, f(d1, i));
+  const auto total = hn::SumOfLanes(d, hn::Add(hn::Add(s0, s1), hn::Add(s2, s3)));
+  return hn::GetLane(total) + hn::GetLane(tail);
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> load_as(D d, const double* p) {
+  return hn::LoadU(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> load_as(D d, const float* p) {
+  return hn::LoadU(d, p);
+}
+// fp32 from the 16 upper bits in each lane.
+template <class D, class V16>
+HWY_INLINE hn::Vec<D> widen_bf16(D d, V16 bits) {
+  const hn::RebindToUnsigned<D> du;
+  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> load_as(D d, const BFloat16* p) {
+  const hn::Rebind<uint16_t, D> d16;
+  return widen_bf16(d, hn::LoadU(d16, &p->bits));
+}
+template <class D>
+HWY_INLINE hn::Vec<D> load_as(D d, const Float16* p) {
+  const hn::Rebind<hwy::float16_t, D> d16;
+  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+}
+
+// Rounds to nearest even; a NaN stays one.
+template <class D, class V>
+HWY_INLINE auto narrow_bf16(D d, V v) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToSigned<D> di;
+  const hn::Rebind<uint16_t, D> d16;
+  const auto u = hn::BitCast(du, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1));
+  const auto rounded = hn::Add(u, hn::Add(odd, hn::Set(du, 0x7fff)));
+  const auto quiet = hn::Or(u, hn::Set(du, 0x400000));
+  const auto is_nan = hn::RebindMask(du, hn::IsNaN(v));
+  const auto upper = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet, rounded));
+  return hn::DemoteTo(
+      d16, hn::BitCast(di, upper));  // saturates at 65535, which the 16 bits never exceed
+}
+
+template <class D, class V>
+HWY_INLINE void store_as(D d, V v, double* p) {
+  hn::StoreU(v, d, p);
+}
+template <class D, class V>
+HWY_INLINE void store_as(D d, V v, float* p) {
+  hn::StoreU(v, d, p);
+}
+template <class D, class V>
+HWY_INLINE void store_as(D d, V v, BFloat16* p) {
+  const hn::Rebind<uint16_t, D> d16;
+  hn::StoreU(narrow_bf16(d, v), d16, &p->bits);
+}
+template <class D, class V>
+HWY_INLINE void store_as(D d, V v, Float16* p) {
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM
+  const hn::Rebind<hwy::float16_t, D> d16;
+  hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(p));
+#else  // without an instruction for it, Highway truncates instead of rounding
+  HWY_ALIGN float lanes[HWY_MAX_BYTES / sizeof(float)];
+  hn::Store(v, d, lanes);
+  for (size_t i = 0; i < hn::Lanes(d); ++i) p[i] = to_f16(lanes[i]);
+#endif
+}
+
+// Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged model looks healthy.
+template <class D, class V>
+HWY_INLINE V exp_of(D d, V x) {
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+}
+
+template <class D, class V>
+HWY_INLINE V sigmoid(D d, V x) {
+  const auto one = hn::Set(d, 1);
+  return hn::Div(one, hn::Add(one, exp_of(d, hn::Neg(x))));
+}
+
+// log(1 + exp(x)); x itself above 20, as in PyTorch.
+template <class D, class V>
+HWY_INLINE V softplus(D d, V x) {
+  const auto limit = hn::Set(d, 20);
+  const auto above = hn::Gt(x, limit);
+  const auto soft = hn::Log1p(d, exp_of(d, hn::Min(x, limit)));
+  return hn::IfThenElse(hn::Or(above, hn::IsNaN(x)), x, soft);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#endif  // toggling include guard

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of gdn/ops that are blocks of many mixers, as PyTorch sees them: schema, fake tensors, gradients, compile."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+torch.ops.load_library(os.environ.get("GDN_LIBRARY", str(ROOT / "build" / "libgdn.so")))
+gdn = torch.ops.gdn
+
+
+def normal(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, dtype=torch.float64, requires_grad=True)
+
+
+@dataclass
+class Case:
+    """One way to call one op. `args` makes float64 arguments, those to be differentiated requiring gradients."""
+
+    name: str
+    op: Callable[..., Any]
+    args: Callable[[], tuple]
+    kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("l2norm", gdn.l2norm, lambda: (normal(2, 3, 5),), {}),
+    Case("rms_norm", gdn.rms_norm, lambda: (normal(2, 3, 5), normal(5)), {"eps": 1e-3}),
+    Case("rms_norm_gated", gdn.rms_norm_gated, lambda: (normal(2, 3, 5), normal(5), normal(2, 3, 5)), {}),
+    Case("rms_norm_gated-sigmoid", gdn.rms_norm_gated, lambda: (normal(4, 5), normal(5), normal(4, 5)),
+         {"activation": "sigmoid"}),
+]
+
+
+def as_float32(x: Any) -> Any:
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.detach().float().requires_grad_(x.requires_grad)
+    return x
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    args = tuple(as_float32(a) for a in case.args())
+    torch.library.opcheck(case.op, args, {k: as_float32(v) for k, v in case.kwargs.items()})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case: Case) -> None:
+    def differentiable(*args: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(t for t in tensors(case.op(*args, **case.kwargs)) if t.requires_grad)
+
+    assert torch.autograd.gradcheck(differentiable, case.args(), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_double_backward_raises_clearly(case: Case) -> None:
+    args = case.args()
+    out = next(t for t in tensors(case.op(*args, **case.kwargs)) if t.requires_grad)
+    leaf = next(a for a in args if isinstance(a, torch.Tensor) and a.requires_grad)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"derivative for gdn::\w+_bwd is not implemented"):
+        grad.sum().backward()
+
+
+# One op of each kind: a plain one, and those whose outputs have sizes of their own.
+COMPILED = ["rms_norm_gated"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in COMPILED], ids=str)
+def test_compiles_as_a_full_graph_with_dynamic_shapes(case: Case) -> None:
+    def step(*args: Any) -> torch.Tensor:
+        return sum(t.square().sum() for t in tensors(case.op(*args, **case.kwargs)) if t.is_floating_point())
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    args = case.args()
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    expected = torch.autograd.grad(step(*args), leaves)
+    actual = torch.autograd.grad(compiled(*args), leaves)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_errors_are_one_line_and_name_the_value() -> None:
+    with pytest.raises(RuntimeError, match=r"^\[rms_norm\] weight must be \[D\] = \[4\], got \[3\]$"):
+        gdn.rms_norm(torch.ones(2, 4), torch.ones(3))
