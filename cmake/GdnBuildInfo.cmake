@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Run at every build: writes OUT, the header with version and commit, when one of its lines has changed.
 file(STRINGS "${SOURCE}/VERSION" version LIMIT_COUNT 1)
 execute_process(COMMAND git -C "${SOURCE}" rev-parse --short=9 HEAD OUTPUT_VARIABLE commit

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Finds LibTorch in the Python environment (.venv by default, else GDN_PYTHON) and wraps it in the target gdn_torch.
 if(NOT GDN_PYTHON)
   if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
@@ -15,7 +16,10 @@ if(NOT Torch_DIR)
   endif()
   set(Torch_DIR "${GDN_TORCH_ROOT}/share/cmake/Torch" CACHE PATH "LibTorch of the Python wheel")
 endif()
+# The CPU wheel's own package warns about libraries it does without.
+set(CMAKE_MESSAGE_LOG_LEVEL ERROR)
 find_package(Torch REQUIRED CONFIG)
+unset(CMAKE_MESSAGE_LOG_LEVEL)
 add_library(gdn_torch INTERFACE)
 target_link_libraries(gdn_torch INTERFACE ${TORCH_LIBRARIES})
 separate_arguments(GDN_TORCH_FLAGS UNIX_COMMAND "${TORCH_CXX_FLAGS}")

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+# Highway as hwy::hwy: by its CMake package, else by pkg-config. Also part of the installed package.
+if(NOT TARGET hwy::hwy)
+  find_package(hwy CONFIG QUIET)
+endif()
+if(NOT TARGET hwy::hwy)
+  find_package(PkgConfig QUIET)
+  if(PKG_CONFIG_FOUND)
+    pkg_check_modules(GDN_HWY QUIET IMPORTED_TARGET GLOBAL libhwy)
+  endif()
+  if(NOT TARGET PkgConfig::GDN_HWY)
+    message(FATAL_ERROR "Highway (libhwy-dev) was not found: run `make setup`, or install it by hand")
+  endif()
+  add_library(hwy::hwy ALIAS PkgConfig::GDN_HWY)
+endif()
