@@ -34,16 +34,18 @@ struct ModelContext {
 
 class CausalLM : public torch::nn::Module {
  public:
-  // Parameters in fp32 on the CPU, initialised like fla from torch's default generator (torch::manual_seed).
+  // Parameters in fp32 on the CPU, initialised like fla from torch's default generator
+  // (torch::manual_seed).
   explicit CausalLM(ModelConfig config);
   ~CausalLM() override;
 
-  // ids int64 [B,T] (or [1,T] with cu_seqlens) -> the final norm's output [B,T,D] in the compute dtype.
+  // ids int64 [B,T] (or [1,T] with cu_seqlens) -> the final norm's output [B,T,D] in the compute
+  // dtype.
   at::Tensor hidden(const at::Tensor& ids, const ModelContext& ctx = {});
   // hidden [...,D] -> logits [...,vocab] in fp32.
   at::Tensor logits(const at::Tensor& hidden);
-  // Mean cross-entropy in nats over the targets that are not -100; targets int64 [B,T], already shifted. Logits are
-  // computed only where there is a target.
+  // Mean cross-entropy in nats over the targets that are not -100; targets int64 [B,T], already
+  // shifted. Logits are computed only where there is a target.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets, const ModelContext& ctx = {});
 
   ModelState zero_state(int64_t sequences) const;

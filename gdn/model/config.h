@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a language model is made of. Torch-free, so that parsers can be fuzzed and tools can read configurations.
+// What a language model is made of. Torch-free, so that parsers can be fuzzed and tools can read
+// configurations.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,13 @@
 
 namespace gdn {
 
-enum class NormPlace : uint8_t { kPre, kPost };  // norm before the sublayer, or on its output (OLMo)
+enum class NormPlace : uint8_t {
+  kPre,
+  kPost
+};  // norm before the sublayer, or on its output (OLMo)
 
-// One residual block: x += scale * mixer(norm(x)), then x += scale * feed_forward(norm(x)); either may be absent.
+// One residual block: x += scale * mixer(norm(x)), then x += scale * feed_forward(norm(x)); either
+// may be absent.
 struct BlockConfig {
   std::string mixer = "gated_delta_net";  // "" for none
   nlohmann::json mixer_options = nlohmann::json::object();
@@ -38,12 +43,14 @@ struct ModelConfig {
 
   // Throws UsageError naming the field and the rule.
   void validate() const;
-  // SwiGLU's inner width: intermediate_size, or 256 * ceil(int(hidden_size * hidden_ratio * 2 / 3) / 256).
+  // SwiGLU's inner width: intermediate_size, or 256 * ceil(int(hidden_size * hidden_ratio * 2 / 3)
+  // / 256).
   int64_t ffn_size() const;
 };
 
-// config.json. Models that fla's GatedDeltaNetConfig / DeltaNetConfig can express are written with its fields and
-// model_type ("gated_deltanet", "delta_net"), all others with model_type "gdn" and a list "blocks"; both are read.
+// config.json. Models that fla's GatedDeltaNetConfig / DeltaNetConfig can express are written with
+// its fields and model_type ("gated_deltanet", "delta_net"), all others with model_type "gdn" and a
+// list "blocks"; both are read.
 nlohmann::json to_json(const ModelConfig& config);
 ModelConfig model_config_from_json(const nlohmann::json& json);
 
