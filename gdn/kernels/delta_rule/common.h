@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "gdn/kernels/delta_rule/delta_rule.h"
 
@@ -21,6 +22,33 @@ inline TokenRange sequence_range(const DeltaRuleParams& p, int64_t n) {
 
 inline bool has_a(DeltaErase erase) {
   return erase == DeltaErase::kOwn || erase == DeltaErase::kSeparate;
+}
+
+// Tokens per chunk.
+inline int64_t chunk_size(const DeltaRuleParams& p) {
+  return p.chunk_size != 0 ? p.chunk_size : 32;
+}
+
+// `saved` holds the solved values U [T_total,HV,V] (none without an erase), then the state at the
+// start of every kSaveEvery-th chunk but the first of each sequence, [sequence][value
+// head][index][K,V]; backward recomputes the states between.
+inline constexpr int64_t kSaveEvery = 4;
+
+inline int64_t saved_states(const DeltaRuleParams& p, int64_t tokens) {
+  const int64_t segment = kSaveEvery * chunk_size(p);
+  return tokens == 0 ? 0 : (tokens - 1) / segment;
+}
+inline int64_t saved_values_size(const DeltaRuleParams& p) {
+  return p.erase == DeltaErase::kNone ? 0 : p.total_tokens * p.HV * p.V;
+}
+// Offset in `saved` of the first state of each sequence, and the whole size at the end: [N + 1].
+inline std::vector<int64_t> saved_offsets(const DeltaRuleParams& p) {
+  std::vector<int64_t> offsets(p.num_sequences + 1, saved_values_size(p));
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    const auto range = sequence_range(p, n);
+    offsets[n + 1] = offsets[n] + saved_states(p, range.end - range.begin) * p.HV * p.K * p.V;
+  }
+  return offsets;
 }
 
 // Throws gdn::Error, prefixed with `op`, where sizes or missing inputs make the call meaningless.

@@ -1,0 +1,428 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunk form backward for one key head of one sequence with all its value heads, chunks from
+// last to first. Include inside the foreach_target pattern.
+#if defined(GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_
+#undef GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_
+#else
+#define GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_
+#endif
+
+#include "gdn/kernels/delta_rule/core-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+struct Backward {
+  Backward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W;
+    states = carve.take<T>(L.group * delta_rule::kSaveEvery * L.state_size());
+    d_state = carve.take<T>(L.group * L.state_size());
+    values = carve.take<T>(W * C * PW);
+    valuesT = carve.take<T>(PW * W * C);
+    d_values = carve.take<T>(W * C * PW);
+    xdo = carve.take<T>(2 * C * PW);
+    xdoT = carve.take<T>(PW * 2 * C);
+    v = carve.take<T>(C * PW);
+    dZ = carve.take<T>(2 * C * W * C);
+    readT = carve.take<T>(Kp * 2 * C);
+    writeT = carve.take<T>(Kp * W * C);
+    d_bq = carve.take<T>(2 * C * Kp);
+    d_w = carve.take<T>(W * C * Kp);
+    b_beta = core.x.beta != nullptr ? carve.take<T>(C * Kp) : core.bq;
+    d_end = carve.take<T>(Kp);
+    dG = carve.take<T>(L.channel ? C * Kp : C);
+    d_beta = carve.take<T>(C);
+    sum_bq = carve.take<T>(2 * C * Kp);
+    sum_w = carve.take<T>(W * C * Kp);
+    tmp = carve.take<T>(C * Kp);
+  }
+
+  void run(const void* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h,
+           int64_t saved_offset) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const int64_t C = L.C, group = L.group, size = x.K * x.V;
+    const auto range = delta_rule::sequence_range(x, n);
+    const int64_t tokens = range.end - range.begin, segment = C * delta_rule::kSaveEvery;
+    core.clear();
+    for (int64_t i = 0; i < group; ++i) {
+      const T* last = static_cast<const T*>(grads.d_final_state);
+      const int64_t task = n * x.HV + h * group + i;
+      core.load_state(last != nullptr ? last + task * size : nullptr, d_state + i * L.state_size());
+    }
+    const int64_t segments = (tokens + segment - 1) / segment;
+    for (int64_t s = segments - 1; s >= 0; --s) {
+      const int64_t begin = range.begin + s * segment, end = std::min(begin + segment, range.end);
+      for (int64_t i = 0; i < group; ++i) {
+        const int64_t hv = h * group + i;
+        const T* start = static_cast<const T*>(x.initial_state);
+        if (start != nullptr) start += (n * x.HV + hv) * size;
+        if (s > 0) {
+          start =
+              static_cast<const T*>(saved) + saved_offset + (hv * (segments - 1) + s - 1) * size;
+        }
+        recompute_states(start, static_cast<const T*>(saved), begin, end, h, i);
+      }
+      for (int64_t c = (end - begin - 1) / C; c >= 0; --c) {
+        chunk(static_cast<const T*>(saved), grads, begin + c * C, std::min(C, end - begin - c * C),
+              h, c);
+      }
+    }
+    if (grads.d_initial_state != nullptr) {
+      for (int64_t i = 0; i < group; ++i) {
+        core.store_state(d_state + i * L.state_size(), static_cast<T*>(grads.d_initial_state) +
+                                                           (n * x.HV + h * group + i) * size);
+      }
+    }
+  }
+
+  T* state(int64_t i, int64_t c) {
+    return states + (i * delta_rule::kSaveEvery + c) * core.L.state_size();
+  }
+
+  // The values the chunk wrote: U as forward saved it (or beta v), and V behind it in the separate
+  // form.
+  void load_written(const T* saved, int64_t t, size_t count, int64_t hv, size_t p) {
+    const auto& x = core.x;
+    if (x.erase == DeltaErase::kNone) {
+      core.load_values(x.dtype, x.v, t, count, hv, p, x.beta != nullptr ? core.beta : nullptr,
+                       values);
+    } else {
+      core.load_values(kDTypeOf<T>, saved, t, count, hv, p, nullptr, values);
+    }
+    if (x.erase == DeltaErase::kSeparate) {
+      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, values + core.L.C * core.L.PW);
+    }
+  }
+
+  void recompute_states(const T* start, const T* saved, int64_t begin, int64_t end, int64_t h,
+                        int64_t i) {
+    const auto& L = core.L;
+    const int64_t hv = h * L.group + i;
+    core.load_state(start, state(i, 0));
+    int64_t c = 0;
+    for (int64_t t = begin; t + static_cast<int64_t>(L.C) < end; t += L.C, ++c) {
+      core.load_keys(t, L.C, h);
+      core.load_gate(t, L.C, hv);
+      for (size_t p = 0; p < L.panels; ++p) {
+        load_written(saved, t, L.C, hv, p);
+        core.advance_state(p, values, state(i, c) + p * L.Kp * L.PW,
+                           state(i, c + 1) + p * L.Kp * L.PW);
+      }
+    }
+  }
+
+  void chunk(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t h,
+             int64_t c) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t half = L.C * L.Kp;
+    core.load_keys(t, count, h);
+    std::fill_n(sum_bq, 2 * half, T(0));
+    std::fill_n(sum_w, L.W * half, T(0));
+    for (size_t i = 0; i < L.group; ++i) {
+      head(saved, grads, t, count, h * L.group + i, state(i, c), d_state + i * L.state_size());
+    }
+    store_keys(grads.dq, t, count, h, sum_bq + half);
+    if (x.erase == DeltaErase::kKey) add_scaled(half, sum_bq, T(1), sum_w);
+    if (delta_rule::has_a(x.erase)) store_keys(grads.da, t, count, h, sum_bq);
+    if (x.erase == DeltaErase::kSeparate) store_keys(grads.dp, t, count, h, sum_w);
+    store_keys(grads.dk, t, count, h, sum_w + (L.W - 1) * half);
+  }
+
+  void store_keys(void* dst, int64_t t, size_t count, int64_t h, const T* src) const {
+    const auto& x = core.x;
+    for (size_t i = 0; i < count; ++i) {
+      store_row(x.dtype, dst, ((t + i) * x.H + h) * x.K, x.K, src + i * core.L.Kp);
+    }
+  }
+
+  void head(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
+            const T* s, T* ds) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp;
+    core.load_gate(t, count, hv);
+    core.decay_readers();
+    core.scores();
+    if (x.beta != nullptr && L.first == 0)
+      scale_rows<T>(C, Kp, core.bq, nullptr, false, core.beta, b_beta);
+    std::fill_n(dZ, 2 * C * L.W * C, T(0));
+    std::fill_n(readT, Kp * 2 * C, T(0));
+    std::fill_n(writeT, Kp * L.W * C, T(0));
+    std::fill_n(d_end, Kp, T(0));
+    std::fill_n(d_beta, C, T(0));
+    for (size_t p = 0; p < L.panels; ++p) {
+      panel(saved, grads, t, count, hv, p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
+    }
+    key_grads();
+    gate_grads(grads, t, count, hv);
+    add_scaled((2 * C - L.first) * Kp, d_bq + L.first * Kp, T(1), sum_bq + L.first * Kp);
+    add_scaled(L.W * C * Kp, d_w, T(1), sum_w);
+  }
+
+  // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
+  // start.
+  void panel(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
+             size_t p, const T* s, T* ds) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, PW = L.PW, WC = L.W * C, columns = L.columns(p);
+    T* d_out = xdo + C * PW;
+    if (grads.d_o != nullptr) {
+      core.load_values(x.dtype, grads.d_o, t, count, hv, p, nullptr, d_out);
+    } else {
+      std::fill_n(d_out, C * PW, T(0));
+    }
+    load_written(saved, t, count, hv, p);
+
+    gemm<Into::kSet, false>(WC, columns, Kp, core.wEh, Kp, ds, PW, d_values, PW);
+    for (size_t half = 0; half < L.W; ++half) {
+      gemm_lower_transposed(C, columns, core.Z + C * WC + half * C, WC, d_out, PW,
+                            d_values + half * C * PW, PW);
+    }
+    if (L.first == 0) {
+      solve_lower_transposed(C, columns, core.Z, WC, d_values, PW);
+      std::copy_n(d_values, C * PW, xdo);
+    }
+    store_value_grads(grads, t, count, hv, p);
+
+    transpose(WC, columns, values, PW, valuesT, WC);
+    transpose(2 * C - L.first, columns, xdo + L.first * PW, PW, xdoT + L.first, 2 * C);
+    gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, xdo + L.first * PW, PW, valuesT, WC,
+                            dZ + L.first * WC, WC);
+    gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC);
+    gemm<Into::kAdd, false>(Kp, 2 * C - L.first, columns, s, PW, xdoT + L.first, 2 * C,
+                            readT + L.first, 2 * C);
+
+    const Tag<T> d;
+    const T* end = core.end_decay();
+    for (size_t i = 0; i < Kp; ++i) {
+      const auto f = hn::Set(d, end[L.channel ? i : 0]);
+      auto sum = hn::Zero(d);
+      for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
+        const auto g = hn::Mul(f, hn::Load(d, ds + i * PW + j));
+        sum = hn::MulAdd(g, hn::Load(d, s + i * PW + j), sum);
+        hn::Store(g, d, ds + i * PW + j);
+      }
+      d_end[i] += hn::GetLane(hn::SumOfLanes(d, sum));
+    }
+    gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
+                           xdo + L.first * PW, PW, ds, PW);
+  }
+
+  void store_value_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
+                         size_t p) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, PW = L.PW, columns = L.columns(p);
+    T* dv = d_values + (L.W - 1) * C * PW;
+    if (x.erase == DeltaErase::kSeparate) {
+      gemm_lower_transposed(C, columns, core.Z + C, L.W * C, xdo, PW, dv, PW);
+    }
+    if (x.beta != nullptr) {
+      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, v);
+      for (size_t i = 0; i < count; ++i) {
+        d_beta[i] += dot(columns, v + i * PW, dv + i * PW);
+        scale_rows<T>(1, columns, dv + i * PW, nullptr, false, core.beta + i, dv + i * PW);
+      }
+    }
+    core.store_values(x.dtype, grads.dv, t, count, hv, p, dv);
+  }
+
+  // d_bq and d_w from what the panels left in dZ, readT and writeT. The erase's rows of d_bq, and
+  // dZ, are without their factor beta until the end, because dbeta needs them so.
+  void key_grads() {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, WC = L.W * C;
+    const T erase_factor = x.erase == DeltaErase::kSeparate ? T(1) : T(-1);
+    transpose(Kp, 2 * C - L.first, readT + L.first, 2 * C, d_bq + L.first * Kp, Kp);
+    if (L.first == 0) {
+      std::fill_n(tmp, C, erase_factor);
+      scale_rows<T>(C, Kp, d_bq, core.erase_decay(), L.channel, tmp, d_bq);
+    }
+    scale_rows<T>(C, Kp, d_bq + C * Kp, core.query_decay(), L.channel, core.f + C, d_bq + C * Kp);
+    transpose(Kp, WC, writeT, WC, d_w, Kp);
+    for (size_t half = 0; half < L.W; ++half) {
+      T* dw = d_w + half * C * Kp;
+      scale_rows<T>(C, Kp, dw, core.Eh, L.channel, nullptr, dw);
+      for (size_t j = 0; j < C; ++j)
+        add_product(Kp, core.w + (half * C + j) * Kp, dw + j * Kp, d_end);
+    }
+    for (size_t i = L.first; i < 2 * C; ++i) {
+      core.apply_decay(i, i < C ? erase_factor : core.f[i], dZ + i * WC);
+    }
+    for (size_t half = 0; half < L.W; ++half) {
+      const T* ws = core.w + half * C * Kp;
+      T* dw = d_w + half * C * Kp;
+      if (L.channel) {
+        for (size_t r = 0; r < C; r += kSub) channel_grads(r, ws, dZ + half * C, dw);
+        continue;
+      }
+      if (L.first == 0) {
+        gemm_lower(C, Kp, dZ + half * C, WC, ws, Kp, d_bq, Kp);
+        gemm_lower_transposed(C, Kp, dZ + half * C, WC, b_beta, Kp, dw, Kp);
+      }
+      gemm_lower(C, Kp, dZ + C * WC + half * C, WC, ws, Kp, d_bq + C * Kp, Kp);
+      gemm_lower_transposed(C, Kp, dZ + C * WC + half * C, WC, core.bq + C * Kp, Kp, dw, Kp);
+    }
+  }
+
+  // The derivative of Core::channel_scores.
+  void channel_grads(size_t r, const T* ws, const T* dz, T* dw) {
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
+    const Tag<T> d;
+    const T* query_dz = dz + C * ld;
+    if (r > 0) {
+      core.decay_sub_block(r, b_beta, ws);
+      const T* sub_q = core.sub_bq + kSub * Kp;
+      if (L.first == 0) {
+        gemm<Into::kSet, false>(kSub, Kp, r, dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
+        add_decayed_rows(r, L.old_state, tmp, d_bq + r * Kp);
+      }
+      gemm<Into::kSet, false>(kSub, Kp, r, query_dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
+      add_decayed_rows(r, false, tmp, d_bq + (C + r) * Kp);
+      gemm<Into::kSet, true>(r, Kp, kSub, query_dz + r * ld, ld, sub_q, Kp, tmp, Kp);
+      if (L.first == 0)
+        gemm<Into::kAdd, true>(r, Kp, kSub, dz + r * ld, ld, core.sub_bq, Kp, tmp, Kp);
+      for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+        auto decay = hn::Set(d, T(1));
+        for (size_t j = r; j-- > 0;) {
+          const auto sum =
+              hn::MulAdd(decay, hn::Load(d, tmp + j * Kp + c), hn::Load(d, dw + j * Kp + c));
+          hn::Store(sum, d, dw + j * Kp + c);
+          decay = hn::Mul(decay, hn::Load(d, core.e + j * Kp + c));
+        }
+      }
+    }
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      for (size_t j = r; j < r + kSub; ++j) diagonal_grads(j, r + kSub, c, ws, dz, dw);
+    }
+  }
+
+  // rows[i] += (e_r .. e_i) * x_i, or (e_r .. e_i-1) * x_i if the reader sees the state before its
+  // decay.
+  void add_decayed_rows(size_t r, bool before_decay, const T* x, T* rows) {
+    const size_t Kp = core.L.Kp;
+    const Tag<T> d;
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      auto decay = hn::Set(d, T(1));
+      for (size_t i = 0; i < kSub; ++i) {
+        const auto before = decay;
+        decay = hn::Mul(decay, hn::Load(d, core.e + (r + i) * Kp + c));
+        const auto sum = hn::MulAdd(before_decay ? before : decay, hn::Load(d, x + i * Kp + c),
+                                    hn::Load(d, rows + i * Kp + c));
+        hn::Store(sum, d, rows + i * Kp + c);
+      }
+    }
+  }
+
+  // Write key j against the readers i = j .. end-1, channels c .. c + lanes-1.
+  void diagonal_grads(size_t j, size_t end, size_t c, const T* ws, const T* dz, T* dw) {
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
+    const Tag<T> d;
+    const auto add = [&](T* row, T factor, hn::Vec<Tag<T>> y) {
+      hn::Store(hn::MulAdd(hn::Set(d, factor), y, hn::Load(d, row)), d, row);
+    };
+    auto carried = hn::Load(d, ws + j * Kp + c);
+    add(d_bq + (C + j) * Kp + c, dz[(C + j) * ld + j], carried);
+    for (size_t i = j + 1; i < end; ++i) {
+      const auto before = carried;
+      carried = hn::Mul(carried, hn::Load(d, core.e + i * Kp + c));
+      if (L.first == 0) add(d_bq + i * Kp + c, dz[i * ld + j], L.old_state ? before : carried);
+      add(d_bq + (C + i) * Kp + c, dz[(C + i) * ld + j], carried);
+    }
+    auto sum = hn::Zero(d);
+    for (size_t i = end - 1; i > j; --i) {
+      const auto decay = hn::Load(d, core.e + i * Kp + c);
+      const auto q = hn::Load(d, core.bq + (C + i) * Kp + c);
+      sum = hn::MulAdd(hn::Set(d, dz[(C + i) * ld + j]), q, sum);
+      if (L.first == 0) {
+        const auto b = hn::Mul(hn::Set(d, dz[i * ld + j]), hn::Load(d, b_beta + i * Kp + c));
+        sum = L.old_state ? hn::MulAdd(sum, decay, b) : hn::Mul(hn::Add(sum, b), decay);
+      } else {
+        sum = hn::Mul(sum, decay);
+      }
+    }
+    sum =
+        hn::MulAdd(hn::Set(d, dz[(C + j) * ld + j]), hn::Load(d, core.bq + (C + j) * Kp + c), sum);
+    hn::Store(hn::Add(sum, hn::Load(d, dw + j * Kp + c)), d, dw + j * Kp + c);
+  }
+
+  // dbeta and the erase's factor beta, then dg from the keys and their gradients.
+  void gate_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, WC = L.W * C;
+    if (x.beta != nullptr) {
+      for (size_t i = 0; i < count; ++i) {
+        if (L.first == 0) d_beta[i] += dot(Kp, core.bq + i * Kp, d_bq + i * Kp);
+        static_cast<T*>(grads.dbeta)[(t + i) * x.HV + hv] = d_beta[i];
+      }
+      if (L.first == 0) scale_rows<T>(C, Kp, d_bq, nullptr, false, core.beta, d_bq);
+    }
+    if (x.gate == DeltaGate::kNone) return;
+    // dG_i is what token i's cumulated decay gets; the erase of the separate form reads that of
+    // token i-1.
+    const size_t shift = L.old_state ? 1 : 0;
+    T* dg = static_cast<T*>(grads.dg);
+    if (L.channel) {
+      std::fill_n(dG, C * Kp, T(0));
+      add_product(C * Kp, core.bq + C * Kp, d_bq + C * Kp, dG);
+      if (L.first == 0) {
+        add_product((C - shift) * Kp, core.bq + shift * Kp, d_bq + shift * Kp, dG);
+      }
+      for (size_t i = 0; i < L.W; ++i)
+        subtract_product(C * Kp, core.w + i * C * Kp, d_w + i * C * Kp, dG);
+      add_scaled(Kp, d_end, T(1), dG + (C - 1) * Kp);
+      for (size_t i = C - 1; i > 0; --i) add_scaled(Kp, dG + i * Kp, T(1), dG + (i - 1) * Kp);
+      for (size_t i = 0; i < count; ++i) {
+        std::copy_n(dG + i * Kp, L.K, dg + ((t + i) * x.HV + hv) * x.K);
+      }
+      return;
+    }
+    for (size_t i = 0; i < C; ++i) {
+      dG[i] = dot(Kp, core.bq + (C + i) * Kp, d_bq + (C + i) * Kp);
+      if (L.first == 0 && i + shift < C) {
+        dG[i] += dot(Kp, core.bq + (i + shift) * Kp, d_bq + (i + shift) * Kp);
+      }
+    }
+    for (size_t i = 0; i < WC; ++i) dG[i % C] -= dot(Kp, core.w + i * Kp, d_w + i * Kp);
+    for (size_t c = 0; c < Kp; ++c) dG[C - 1] += d_end[c];
+    for (size_t i = C - 1; i > 0; --i) dG[i - 1] += dG[i];
+    for (size_t i = 0; i < count; ++i) dg[(t + i) * x.HV + hv] = dG[i];
+  }
+
+  static void subtract_product(size_t width, const T* x, const T* y, T* z) {
+    const Tag<T> d;
+    for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+      hn::Store(hn::NegMulAdd(hn::Load(d, x + j), hn::Load(d, y + j), hn::Load(d, z + j)), d,
+                z + j);
+    }
+  }
+
+  Core<T> core;
+  T *states, *d_state;     // [group][kSaveEvery] states of a segment; [group]
+  T *values, *valuesT;     // [W C][PW], [PW][W C]: what the chunk wrote
+  T* d_values;             // [W C][PW]
+  T *xdo, *xdoT;           // [2C][PW]: X and dO, [PW][2C]
+  T* v;                    // [C][PW]
+  T* dZ;                   // [2C][W C]
+  T *readT, *writeT;       // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
+  T *d_bq, *d_w, *b_beta;  // [2C][Kp], [W C][Kp]; beta b
+  T *d_end, *dG, *d_beta;  // [Kp], [C] or [C][Kp], [C]
+  T *sum_bq, *sum_w;       // d_bq, d_w over the value heads of the group
+  T* tmp;                  // [C][Kp]
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward and backward of the chunk form share: one chunk of one head, its decays, scaled keys
+// and scores. Formulas and names: README.md. Include inside the foreach_target pattern.
+#if defined(GDN_KERNELS_DELTA_RULE_CORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GDN_KERNELS_DELTA_RULE_CORE_INL_H_
+#undef GDN_KERNELS_DELTA_RULE_CORE_INL_H_
+#else
+#define GDN_KERNELS_DELTA_RULE_CORE_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+
+#include "gdn/kernels/delta_rule/common.h"
+#include "gdn/kernels/simd/gemm-inl.h"
+#include "gdn/kernels/simd/rows-inl.h"
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Rows of a sub-block in the scores of a channel gate; every chunk size is a multiple of it.
+inline constexpr size_t kSub = 16;
+
+// Rows i of y = x_i * table_i * s_i; the table holds one factor per row, or one per element
+// (channel gate). Null table or s means 1.
+template <typename T>
+HWY_INLINE void scale_rows(size_t rows, size_t width, const T* x, const T* table, bool channel,
+                           const T* s, T* y) {
+  const Tag<T> d;
+  const size_t n = hn::Lanes(d);
+  for (size_t i = 0; i < rows; ++i) {
+    T factor = s != nullptr ? s[i] : T(1);
+    if (table != nullptr && !channel) factor *= table[i];
+    const auto f = hn::Set(d, factor);
+    if (table != nullptr && channel) {
+      for (size_t j = i * width; j < (i + 1) * width; j += n) {
+        hn::Store(hn::Mul(hn::Mul(hn::Load(d, x + j), hn::Load(d, table + j)), f), d, y + j);
+      }
+    } else {
+      for (size_t j = i * width; j < (i + 1) * width; j += n) {
+        hn::Store(hn::Mul(hn::Load(d, x + j), f), d, y + j);
+      }
+    }
+  }
+}
+
+// y += x * table, elementwise on [width].
+template <typename T>
+HWY_INLINE void add_product(size_t width, const T* x, const T* table, T* y) {
+  const Tag<T> d;
+  for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+    hn::Store(hn::MulAdd(hn::Load(d, x + j), hn::Load(d, table + j), hn::Load(d, y + j)), d, y + j);
+  }
+}
+
+template <typename T>
+HWY_INLINE void add_scaled(size_t width, const T* x, T s, T* y) {
+  const Tag<T> d;
+  const auto f = hn::Set(d, s);
+  for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+    hn::Store(hn::MulAdd(hn::Load(d, x + j), f, hn::Load(d, y + j)), d, y + j);
+  }
+}
+
+template <typename T>
+HWY_INLINE T dot(size_t width, const T* x, const T* y) {
+  const Tag<T> d;
+  auto sum = hn::Zero(d);
+  for (size_t j = 0; j < width; j += hn::Lanes(d)) {
+    sum = hn::MulAdd(hn::Load(d, x + j), hn::Load(d, y + j), sum);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+// Hands out aligned pieces of one block; a first pass with base null finds the block's size.
+class Carver {
+ public:
+  explicit Carver(uint8_t* base) : base_(base) {}
+  template <typename T>
+  T* take(size_t count) {
+    T* p = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+// Sizes after padding. Keys are padded to whole vectors and register tiles; values are cut into
+// panels of panel_width columns, each [rows][PW] contiguous, so that a panel of the state (K x PW)
+// stays in L1.
+template <typename T>
+struct Layout {
+  explicit Layout(const DeltaRuleParams& x)
+      : C(delta_rule::chunk_size(x)),
+        K(x.K),
+        V(x.V),
+        PW(panel_width<T>()),
+        panels((V + PW - 1) / PW),
+        W(x.erase == DeltaErase::kSeparate ? 2 : 1),
+        group(x.HV / x.H),
+        channel(x.gate == DeltaGate::kChannel),
+        old_state(x.erase == DeltaErase::kSeparate),
+        first(x.erase == DeltaErase::kNone ? C : 0) {
+    const size_t unit = std::max<size_t>(lanes<T>(), 8);
+    Kp = (K + unit - 1) / unit * unit;
+  }
+  size_t valid(size_t p) const { return std::min(PW, V - p * PW); }
+  size_t columns(size_t p) const { return (valid(p) + lanes<T>() - 1) / lanes<T>() * lanes<T>(); }
+  size_t state_size() const { return panels * Kp * PW; }
+
+  size_t C, K, V, PW, panels;
+  size_t W;  // write keys per token: 1, or 2 (p then k) for a separate erase
+  size_t group;
+  bool channel;
+  bool old_state;  // the erase reads the state before its decay
+  size_t first;    // first row of bq in use: C where there is no erase
+  size_t Kp;
+};
+
+// One chunk of n <= C tokens of one head. Rows past n are zero keys with no decay, so nothing has
+// to know n.
+template <typename T>
+struct Core {
+  Core(const DeltaRuleParams& params, Carver& carve) : x(params), L(params) {
+    const size_t C = L.C, Kp = L.Kp, W = L.W, table = L.channel ? Kp : 1;
+    bq = carve.take<T>(2 * C * Kp);
+    w = x.erase == DeltaErase::kKey ? bq : carve.take<T>(W * C * Kp);
+    wT = carve.take<T>(W * C * Kp);
+    bqE = carve.take<T>(2 * C * Kp);
+    wEh = carve.take<T>(W * C * Kp);
+    Z = carve.take<T>(2 * C * W * C);
+    e = carve.take<T>(C * table);
+    E = carve.take<T>((C + 1) * table);
+    Eh = carve.take<T>(C * table);
+    D = carve.take<T>(C * C);
+    f = carve.take<T>(2 * C);
+    beta = carve.take<T>(C);
+    if (L.channel) {
+      sub_bq = carve.take<T>(2 * kSub * Kp);
+      sub_w = carve.take<T>(C * Kp);
+      sub_wT = carve.take<T>(C * Kp);
+    }
+    run = carve.take<T>(Kp);
+  }
+
+  void clear() {
+    std::fill_n(Z, 2 * L.C * L.W * L.C, T(0));
+    std::fill_n(D, L.C * L.C, T(0));
+  }
+
+  void load_rows(const void* src, int64_t t0, size_t n, int64_t heads, int64_t head, T* dst) const {
+    for (size_t i = 0; i < n; ++i) {
+      T* row = dst + i * L.Kp;
+      load_row(x.dtype, src, ((t0 + i) * heads + head) * x.K, L.K, row);
+      std::fill(row + L.K, row + L.Kp, T(0));
+    }
+    std::fill(dst + n * L.Kp, dst + L.C * L.Kp, T(0));
+  }
+
+  // Keys of head h for tokens [t0, t0 + n): what all value heads of a group share.
+  void load_keys(int64_t t0, size_t n, int64_t h) {
+    const size_t half = L.C * L.Kp;
+    load_rows(x.q, t0, n, x.H, h, bq + half);
+    if (x.erase == DeltaErase::kKey) {
+      load_rows(x.k, t0, n, x.H, h, bq);
+    } else {
+      if (delta_rule::has_a(x.erase)) load_rows(x.a, t0, n, x.H, h, bq);
+      if (x.erase == DeltaErase::kSeparate) load_rows(x.p, t0, n, x.H, h, w);
+      load_rows(x.k, t0, n, x.H, h, w + (L.W - 1) * half);
+    }
+  }
+
+  // Decay tables, beta, and the keys with their decays, for value head hv.
+  void load_gate(int64_t t0, size_t n, int64_t hv) {
+    const size_t C = L.C, Kp = L.Kp;
+    const Tag<T> d;
+    const T erase_sign = x.erase == DeltaErase::kSeparate ? T(1) : T(-1);
+    for (size_t i = 0; i < C; ++i) {
+      beta[i] =
+          x.beta != nullptr && i < n ? static_cast<const T*>(x.beta)[(t0 + i) * x.HV + hv] : T(1);
+      f[i] = erase_sign * beta[i];
+      f[C + i] = static_cast<T>(x.scale);
+    }
+    const size_t width = L.channel ? Kp : 1;
+    const T* g = static_cast<const T*>(x.g);
+    std::fill_n(e, C * width, T(0));
+    if (L.channel) {
+      for (size_t i = 0; i < n; ++i) {
+        std::copy_n(g + ((t0 + i) * x.HV + hv) * x.K, L.K, e + i * Kp);
+      }
+    } else if (x.gate == DeltaGate::kScalar) {
+      for (size_t i = 0; i < n; ++i) e[i] = g[(t0 + i) * x.HV + hv];
+    }
+    for (size_t i = 0; i < C * width; i += hn::Lanes(d)) {
+      hn::Store(hn::Exp(d, hn::Load(d, e + i)), d, e + i);
+    }
+    // Products of factors <= 1 rather than exponentials of sums: nothing can overflow, and a token
+    // that forgets all (g = -1e5) does not cost the tokens after it their digits.
+    std::fill_n(E, width, T(1));
+    std::fill_n(Eh + (C - 1) * width, width, T(1));
+    for (size_t i = 0; i < C; ++i) {
+      for (size_t j = 0; j < width; ++j)
+        E[(i + 1) * width + j] = E[i * width + j] * e[i * width + j];
+    }
+    for (size_t i = C - 1; i > 0; --i) {
+      for (size_t j = 0; j < width; ++j) {
+        Eh[(i - 1) * width + j] = Eh[i * width + j] * e[i * width + j];
+      }
+    }
+    if (!L.channel) {
+      for (size_t i = 0; i < C; ++i) {
+        for (size_t j = 0; j < i; ++j) D[i * C + j] = D[(i - 1) * C + j] * e[i];
+        D[i * C + i] = T(1);
+      }
+    }
+    for (size_t s = 0; s < L.W; ++s) {
+      scale_rows<T>(C, Kp, w + s * C * Kp, Eh, L.channel, nullptr, wEh + s * C * Kp);
+    }
+  }
+
+  // bqE_i = f_i E_i bq_i
+  void decay_readers() {
+    const size_t C = L.C, Kp = L.Kp;
+    if (L.first == 0) scale_rows<T>(C, Kp, bq, erase_decay(), L.channel, f, bqE);
+    scale_rows<T>(C, Kp, bq + C * Kp, query_decay(), L.channel, f + C, bqE + C * Kp);
+  }
+
+  // E of the rows that read: queries read after their token's decay, the erase of the separate form
+  // before it.
+  const T* query_decay() const { return E + (L.channel ? L.Kp : 1); }
+  const T* erase_decay() const { return L.old_state ? E : query_decay(); }
+  const T* end_decay() const { return E + L.C * (L.channel ? L.Kp : 1); }
+
+  // Z[i][j] = f_i sum_d bq_id D_ijd w_jd, strictly lower in the erase's rows, lower in the
+  // queries'.
+  void scores() {
+    const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
+    for (size_t s = 0; s < L.W; ++s) {
+      const T* ws = w + s * C * Kp;
+      if (L.channel) {
+        for (size_t r = 0; r < C; r += kSub) channel_scores(r, ws, Z + s * C);
+        continue;
+      }
+      transpose(C, Kp, ws, Kp, wT, C);
+      for (size_t half = L.first; half < 2 * C; half += C) {
+        for (size_t r = 0; r < C; r += kSub) {
+          gemm<Into::kSet, false>(kSub, r + kSub, Kp, bq + (half + r) * Kp, Kp, wT, C,
+                                  Z + (half + r) * ld + s * C, ld);
+        }
+      }
+    }
+    for (size_t i = L.first; i < 2 * C; ++i) apply_decay(i, f[i], Z + i * ld);
+  }
+
+  // Row i of Z or of its gradient: times the factor and the decays, and zero outside of the
+  // triangle.
+  void apply_decay(size_t i, T factor, T* row) const {
+    const size_t C = L.C, count = i < C ? i : i - C + 1;
+    if (count == 0) {
+      std::fill_n(row, L.W * C, T(0));
+      return;
+    }
+    const T* decay = D + (i >= C ? i - C : L.old_state ? i - 1 : i) * C;
+    const Tag<T> d;
+    const auto f = hn::Set(d, factor);
+    for (size_t s = 0; s < L.W; ++s, row += C) {
+      const size_t columns = (count + kSub - 1) / kSub * kSub;
+      for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
+        auto value = hn::Mul(hn::Load(d, row + j), f);
+        if (!L.channel) value = hn::Mul(value, hn::Load(d, decay + j));
+        const auto keep = hn::FirstN(d, count > j ? count - j : 0);
+        hn::Store(hn::IfThenElseZero(keep, value), d, row + j);
+      }
+      std::fill(row + columns, row + C, T(0));
+    }
+  }
+
+  // Rows r..r+15 of both halves against write keys 0..r+15. Left of the diagonal block the decay
+  // factors at r: (e_r .. e_i) times (e_j+1 .. e_r-1); inside it the products are carried along
+  // directly.
+  void channel_scores(size_t r, const T* ws, T* out) {
+    const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
+    if (r > 0) {
+      decay_sub_block(r, bq, ws);
+      transpose(r, Kp, sub_w, Kp, sub_wT, C);
+      if (L.first == 0) {
+        gemm<Into::kSet, false>(kSub, r, Kp, sub_bq, Kp, sub_wT, C, out + r * ld, ld);
+      }
+      gemm<Into::kSet, false>(kSub, r, Kp, sub_bq + kSub * Kp, Kp, sub_wT, C, out + (C + r) * ld,
+                              ld);
+    }
+    const Tag<T> d;
+    for (size_t j = r; j < r + kSub; ++j) {
+      std::copy_n(ws + j * Kp, Kp, run);
+      out[(C + j) * ld + j] = dot(Kp, run, bq + (C + j) * Kp);
+      for (size_t i = j + 1; i < r + kSub; ++i) {
+        auto erase = hn::Zero(d), query = hn::Zero(d);
+        for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+          const auto before = hn::Load(d, run + c);
+          const auto after = hn::Mul(before, hn::Load(d, e + i * Kp + c));
+          hn::Store(after, d, run + c);
+          if (L.first == 0) {
+            erase = hn::MulAdd(L.old_state ? before : after, hn::Load(d, bq + i * Kp + c), erase);
+          }
+          query = hn::MulAdd(after, hn::Load(d, bq + (C + i) * Kp + c), query);
+        }
+        if (L.first == 0) out[i * ld + j] = hn::GetLane(hn::SumOfLanes(d, erase));
+        out[(C + i) * ld + j] = hn::GetLane(hn::SumOfLanes(d, query));
+      }
+    }
+  }
+
+  // sub_bq = (rows r.. of bq) times their decay since r; sub_w = (write keys before r) times their
+  // decay up to r.
+  void decay_sub_block(size_t r, const T* rows, const T* ws) {
+    const size_t C = L.C, Kp = L.Kp;
+    const Tag<T> d;
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      auto decay = hn::Set(d, T(1));
+      for (size_t i = 0; i < kSub; ++i) {
+        const auto before = decay;
+        decay = hn::Mul(decay, hn::Load(d, e + (r + i) * Kp + c));
+        if (L.first == 0) {
+          const auto b = hn::Load(d, rows + (r + i) * Kp + c);
+          hn::Store(hn::Mul(b, L.old_state ? before : decay), d, sub_bq + i * Kp + c);
+        }
+        const auto q = hn::Load(d, bq + (C + r + i) * Kp + c);
+        hn::Store(hn::Mul(q, decay), d, sub_bq + (kSub + i) * Kp + c);
+      }
+      decay = hn::Set(d, T(1));
+      for (size_t j = r; j-- > 0;) {
+        hn::Store(hn::Mul(hn::Load(d, ws + j * Kp + c), decay), d, sub_w + j * Kp + c);
+        decay = hn::Mul(decay, hn::Load(d, e + j * Kp + c));
+      }
+    }
+  }
+
+  // Rows [0, n) of a panel of values, zero below; with row factors if s is not null.
+  void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, size_t p,
+                   const T* s, T* dst) const {
+    const Tag<T> d;
+    const size_t valid = L.valid(p), columns = L.columns(p);
+    for (size_t i = 0; i < n; ++i) {
+      T* row = dst + i * L.PW;
+      load_row(dtype, src, ((t0 + i) * x.HV + hv) * x.V + p * L.PW, valid, row);
+      std::fill(row + valid, row + columns, T(0));
+      if (s != nullptr) {
+        const auto f = hn::Set(d, s[i]);
+        for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
+          hn::Store(hn::Mul(hn::Load(d, row + j), f), d, row + j);
+        }
+      }
+    }
+    std::fill(dst + n * L.PW, dst + L.C * L.PW, T(0));
+  }
+  void store_values(DType dtype, void* dst, int64_t t0, size_t n, int64_t hv, size_t p,
+                    const T* src) const {
+    for (size_t i = 0; i < n; ++i) {
+      store_row(dtype, dst, ((t0 + i) * x.HV + hv) * x.V + p * L.PW, L.valid(p), src + i * L.PW);
+    }
+  }
+
+  // States: [K][V] outside, panels inside.
+  void load_state(const T* src, T* state) const {
+    std::fill_n(state, L.state_size(), T(0));
+    if (src == nullptr) return;
+    for (size_t p = 0; p < L.panels; ++p) {
+      for (size_t i = 0; i < L.K; ++i) {
+        std::copy_n(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
+      }
+    }
+  }
+  void store_state(const T* state, T* dst) const {
+    for (size_t p = 0; p < L.panels; ++p) {
+      for (size_t i = 0; i < L.K; ++i) {
+        std::copy_n(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
+      }
+    }
+  }
+
+  // next = E_n * state + (w Eh)^T values, one panel; next may be state.
+  void advance_state(size_t p, const T* values, const T* state, T* next) const {
+    const size_t columns = L.columns(p);
+    const Tag<T> d;
+    const T* end = end_decay();
+    for (size_t i = 0; i < L.Kp; ++i) {
+      const auto f = hn::Set(d, end[L.channel ? i : 0]);
+      for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
+        hn::Store(hn::Mul(f, hn::Load(d, state + i * L.PW + j)), d, next + i * L.PW + j);
+      }
+    }
+    gemm<Into::kAdd, true>(L.Kp, columns, L.W * L.C, wEh, L.Kp, values, L.PW, next, L.PW);
+  }
+
+  const DeltaRuleParams& x;
+  const Layout<T> L;
+  T* bq;          // [2C][Kp] erase keys, then queries
+  T *w, *wT;      // [W][C][Kp] write keys (merged with a = k: the erase keys), [Kp][C] one of them
+                  // transposed
+  T *bqE, *wEh;   // the same with decays from the chunk's start, to its end; bqE with the factors f
+  T* Z;           // [2C][W C] scores
+  T *e, *E, *Eh;  // decay of each token; product up to token i in row i+1; product after token i
+  T* D;           // [C][C] product over j+1..i, scalar gate only
+  T *f, *beta;    // [2C] row factors: -beta or +1 for the erase, scale for queries; [C]
+  T *sub_bq = nullptr, *sub_w = nullptr, *sub_wT = nullptr;  // channel gate: see decay_sub_block
+  T* run;                                                    // [Kp]
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+#endif

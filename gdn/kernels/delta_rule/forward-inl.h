@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunk form forward for one value head of one sequence. Include inside the foreach_target
+// pattern.
+#if defined(GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
+#undef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
+#else
+#define GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
+#endif
+
+#include "gdn/kernels/delta_rule/core-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+struct Forward {
+  Forward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
+    const auto& L = core.L;
+    state = carve.take<T>(L.state_size());
+    reads = carve.take<T>(2 * L.C * L.PW);
+    values = carve.take<T>(L.W * L.C * L.PW);
+  }
+
+  void run(const DeltaRuleOutputs& out, int64_t n, int64_t hv, int64_t saved_offset) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const int64_t C = L.C, task = n * x.HV + hv, size = x.K * x.V;
+    const auto range = delta_rule::sequence_range(x, n);
+    const int64_t states = delta_rule::saved_states(x, range.end - range.begin);
+    T* saved_values = x.erase == DeltaErase::kNone ? nullptr : static_cast<T*>(out.saved);
+    T* saved = static_cast<T*>(out.saved);
+    if (saved != nullptr) saved += saved_offset + hv * states * size;
+    const T* initial = static_cast<const T*>(x.initial_state);
+    core.load_state(initial != nullptr ? initial + task * size : nullptr, state);
+    core.clear();
+    int64_t chunk = 0;
+    for (int64_t t = range.begin; t < range.end; t += C, ++chunk) {
+      const size_t count = std::min(C, range.end - t);
+      if (saved != nullptr && chunk > 0 && chunk % delta_rule::kSaveEvery == 0) {
+        core.store_state(state, saved + (chunk / delta_rule::kSaveEvery - 1) * size);
+      }
+      core.load_keys(t, count, hv / L.group);
+      core.load_gate(t, count, hv);
+      core.decay_readers();
+      core.scores();
+      const bool last = t + C >= range.end && out.final_state == nullptr;
+      for (size_t p = 0; p < L.panels; ++p) {
+        panel(t, count, hv, p);
+        core.store_values(x.dtype, out.o, t, count, hv, p, reads + C * L.PW);
+        if (saved_values != nullptr) {
+          core.store_values(kDTypeOf<T>, saved_values, t, count, hv, p, values);
+        }
+        if (!last) {
+          T* s = state + p * L.Kp * L.PW;
+          core.advance_state(p, values, s, s);
+        }
+      }
+    }
+    if (out.final_state != nullptr) {
+      core.store_state(state, static_cast<T*>(out.final_state) + task * size);
+    }
+  }
+
+  // values: U (and V behind it in the separate form); the second half of reads: O.
+  void panel(int64_t t, size_t count, int64_t hv, size_t p) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, PW = L.PW, columns = L.columns(p), ld = L.W * C;
+    gemm<Into::kSet, false>(2 * C - L.first, columns, L.Kp, core.bqE + L.first * L.Kp, L.Kp,
+                            state + p * L.Kp * PW, PW, reads + L.first * PW, PW);
+    if (x.erase == DeltaErase::kSeparate) {
+      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, values + C * PW);
+      std::copy_n(reads, C * PW, values);
+      gemm_lower(C, columns, core.Z + C, ld, values + C * PW, PW, values, PW);
+    } else {
+      core.load_values(x.dtype, x.v, t, count, hv, p, x.beta != nullptr ? core.beta : nullptr,
+                       values);
+      if (L.first == 0) add_scaled(C * PW, reads, T(1), values);
+    }
+    if (L.first == 0) solve_lower(C, columns, core.Z, ld, values, PW);
+    for (size_t s = 0; s < L.W; ++s) {
+      gemm_lower(C, columns, core.Z + C * ld + s * C, ld, values + s * C * PW, PW, reads + C * PW,
+                 PW);
+    }
+  }
+
+  Core<T> core;
+  T* state;   // [panels][Kp][PW]
+  T* reads;   // [2C][PW]
+  T* values;  // [W C][PW]
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+#endif
