@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gdn/mixers/common/modules.h"
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
+
+#include <cmath>
+#include <vector>
+
+#include "gdn/base/check.h"
+#include "gdn/ops/common.h"
+
+namespace gdn {
+namespace {
+
+// torch.nn's default for weights and biases of that fan-in.
+at::Tensor uniform_parameter(at::IntArrayRef sizes, int64_t fan_in) {
+  c10::NoGradGuard no_grad;
+  const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
+  return at::empty(sizes, at::kFloat).uniform_(-bound, bound);
+}
+
+at::Tensor in_dtype(const at::Tensor& t, at::ScalarType dtype) {
+  return t.defined() ? t.to(dtype) : t;
+}
+
+}  // namespace
+
+Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias) {
+  weight = register_parameter("weight", uniform_parameter({out_features, in_features}, in_features));
+  if (with_bias) bias = register_parameter("bias", uniform_parameter({out_features}, in_features));
+}
+
+at::Tensor Linear::forward(const at::Tensor& x) {
+  std::optional<at::Tensor> b;
+  if (bias.defined()) b = bias.to(x.scalar_type());
+  return at::linear(x, weight.to(x.scalar_type()), b);
+}
+
+ShortConvolution::ShortConvolution(int64_t channels, int64_t width, bool with_bias,
+                                   Activation activation)
+    : activation_(activation) {
+  weight = register_parameter("weight", uniform_parameter({channels, 1, width}, width));
+  if (with_bias) bias = register_parameter("bias", uniform_parameter({channels}, width));
+}
+
+at::Tensor ShortConvolution::zero_state(int64_t sequences, const at::TensorOptions& options) const {
+  return at::zeros({sequences, weight.size(0), weight.size(2)}, options);
+}
+
+at::Tensor ShortConvolution::forward(const at::Tensor& x, StateAccess& state, const char* name,
+                                     bool naive) {
+  const int64_t N = state.num_sequences(), W = weight.size(2);
+  at::Tensor history = state.given() ? state.read(name) : zero_state(N, x.options());
+  const at::Tensor w = in_dtype(weight, x.scalar_type()), b = in_dtype(bias, x.scalar_type());
+  std::vector<at::Tensor> outs, tails;
+  auto run = [&](const at::Tensor& part, const at::Tensor& past) {
+    outs.push_back(naive::short_conv(part, w, b, past));
+    const at::Tensor all = at::cat({past, part.transpose(1, 2)}, 2);
+    tails.push_back(all.narrow(2, all.size(2) - W, W));
+  };
+  if (state.cu_seqlens().defined()) {
+    const at::Tensor cu = ops::host_cu_seqlens("short_conv", state.cu_seqlens(), x.size(1));
+    const int64_t* ends = cu.const_data_ptr<int64_t>();
+    for (int64_t n = 0; n < N; ++n) {
+      run(x.narrow(1, ends[n], ends[n + 1] - ends[n]), history.narrow(0, n, 1));
+    }
+  } else {
+    run(x, history);
+  }
+  if (state.given()) state.write(name, at::cat(tails, 0).contiguous());
+  const at::Tensor y = at::cat(outs, 1);
+  return activation_ == Activation::kSilu ? at::silu(y) : y;
+}
+
+RmsNorm::RmsNorm(int64_t size, double eps) : eps_(eps) {
+  weight = register_parameter("weight", at::ones({size}, at::kFloat));
+}
+
+at::Tensor RmsNorm::forward(const at::Tensor& x, bool naive) {
+  const at::ScalarType acc = ops::acc_type(x.scalar_type());
+  return naive::rms_norm(x.to(acc), weight.to(acc), eps_).to(x.scalar_type());
+}
+
+at::Tensor RmsNorm::forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive) {
+  const at::ScalarType acc = ops::acc_type(x.scalar_type());
+  return (naive::rms_norm(x.to(acc), weight.to(acc), eps_) * at::silu(gate.to(acc)))
+      .to(x.scalar_type());
+}
+
+namespace naive {
+
+at::Tensor l2norm(const at::Tensor& x, double eps) {
+  return x * at::rsqrt((x * x).sum(-1, /*keepdim=*/true) + eps);
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return x * at::rsqrt((x * x).mean(-1, /*keepdim=*/true) + eps) * weight;
+}
+
+at::Tensor short_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& history) {
+  const int64_t T = x.size(1), W = weight.size(2);
+  const at::Tensor padded =
+      at::cat({history.to(x.scalar_type()).narrow(2, 1, W - 1).transpose(1, 2), x}, 1);
+  at::Tensor y = at::zeros_like(x);
+  for (int64_t j = 0; j < W; ++j) y = y + padded.narrow(1, j, T) * weight.select(2, j).select(1, 0);
+  return bias.defined() ? y + bias : y;
+}
+
+at::Tensor gdn_gate(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias) {
+  return -A_log.exp() * at::softplus(a + dt_bias);
+}
+
+}  // namespace naive
+}  // namespace gdn

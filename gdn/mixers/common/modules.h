@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Building blocks of mixers, with fla's parameter names. Parameters stay in the dtype they were made
+// in (fp32 master weights); each module computes in the dtype of its input.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+
+#include "gdn/mixers/common/state_access.h"
+
+namespace gdn {
+
+// y = x weight^T + bias; weight [out,in], bias [out]. Initialised like torch.nn.Linear.
+class Linear : public torch::nn::Module {
+ public:
+  Linear(int64_t in_features, int64_t out_features, bool with_bias = false);
+  at::Tensor forward(const at::Tensor& x /* [...,in] */);  // [...,out]
+
+  at::Tensor weight, bias;
+};
+
+enum class Activation : uint8_t { kNone, kSilu };
+
+// A causal convolution per channel: y_t = act(sum_j weight[:,0,j] * x_{t-W+1+j} + bias). weight
+// [channels,1,W], bias [channels].
+// Its state [N,channels,W] holds the last W inputs, the newest in the last column.
+class ShortConvolution : public torch::nn::Module {
+ public:
+  ShortConvolution(int64_t channels, int64_t width, bool with_bias, Activation activation);
+  // x [B,T,channels]; continues from and leaves the entry `name` where the call has a state.
+  at::Tensor forward(const at::Tensor& x, StateAccess& state, const char* name, bool naive);
+  at::Tensor zero_state(int64_t sequences, const at::TensorOptions& options) const;
+
+  at::Tensor weight, bias;
+
+ private:
+  Activation activation_;
+};
+
+// x / sqrt(mean(x^2) + eps) * weight over the last dimension; with a gate, times act(gate).
+class RmsNorm : public torch::nn::Module {
+ public:
+  RmsNorm(int64_t size, double eps);
+  at::Tensor forward(const at::Tensor& x, bool naive);
+  at::Tensor forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive);
+
+  at::Tensor weight;
+
+ private:
+  double eps_;
+};
+
+// Literal forms, in the dtype of their inputs, from ATen's elementwise operations only.
+namespace naive {
+at::Tensor l2norm(const at::Tensor& x, double eps = 1e-6);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+// x [B,T,C], weight [C,1,W], history [B,C,W] of the tokens before x.
+at::Tensor short_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                      const at::Tensor& history);
+// -exp(A_log) * log(1 + exp(a + dt_bias)), a [...,HV].
+at::Tensor gdn_gate(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias);
+}  // namespace naive
+
+}  // namespace gdn

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every mixer that configurations can name: one include and one line each.
+#include "gdn/mixers/gated_delta_net/layer.h"
+#include "gdn/mixers/mixer.h"
+
+namespace gdn {
+
+const std::vector<MixerInfo>& mixers() {
+  static const std::vector<MixerInfo> all = {
+      gated_delta_net_info(),
+  };
+  return all;
+}
+
+}  // namespace gdn
