@@ -82,8 +82,7 @@ State State::detach() const {
 }
 
 State State::index(const at::Tensor& sequences) const {
-  return map_entries(*this,
-                     [&](const at::Tensor& t) { return at::index_select(t, 0, sequences); });
+  return map_entries(*this, [&](const at::Tensor& t) { return at::index_select(t, 0, sequences); });
 }
 
 const MixerInfo& find_mixer(std::string_view name) {
@@ -94,8 +93,8 @@ const MixerInfo& find_mixer(std::string_view name) {
     names.push_back(info.name);
     list += (list.empty() ? "" : ", ") + info.name;
   }
-  throw UsageError(str_cat("unknown mixer \"", name, "\"", did_you_mean(name, names),
-                           "; known mixers: ", list));
+  throw UsageError(
+      str_cat("unknown mixer \"", name, "\"", did_you_mean(name, names), "; known mixers: ", list));
 }
 
 std::shared_ptr<Mixer> make_mixer(std::string_view name, MixerArgs args) {

@@ -17,8 +17,7 @@ namespace gdn {
 // "naive"; a decoding step always works in place on the pool.
 at::Tensor delta_rule_with_state(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const ops::OptionalTensor& g, const ops::OptionalTensor& beta,
-                                 std::string_view erase, std::string_view form,
-                                 StateAccess& state);
+                                 std::string_view erase, std::string_view form, StateAccess& state);
 
 // [N,HV,K,V] in the dtype that states have for activations of `options`.
 at::Tensor zero_recurrent_state(int64_t sequences, int64_t HV, int64_t K, int64_t V,

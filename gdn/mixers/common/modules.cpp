@@ -36,7 +36,8 @@ at::Tensor in_dtype(const at::Tensor& t, at::ScalarType dtype) {
 }  // namespace
 
 Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias) {
-  weight = register_parameter("weight", uniform_parameter({out_features, in_features}, in_features));
+  weight =
+      register_parameter("weight", uniform_parameter({out_features, in_features}, in_features));
   if (with_bias) bias = register_parameter("bias", uniform_parameter({out_features}, in_features));
 }
 

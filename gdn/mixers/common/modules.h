@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Building blocks of mixers, with fla's parameter names. Parameters stay in the dtype they were made
-// in (fp32 master weights); each module computes in the dtype of its input.
+// Building blocks of mixers, with fla's parameter names. Parameters stay in the dtype they were
+// made in (fp32 master weights); each module computes in the dtype of its input.
 #pragma once
 
 #include <ATen/core/Tensor.h>

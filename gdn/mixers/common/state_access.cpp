@@ -34,9 +34,9 @@ StateAccess::StateAccess(const char* mixer, const at::Tensor& x, const Context& 
   }
   GDN_CHECK(!with_grad_ || !slots_.defined(), "[", mixer, "] slots are not for gradients");
   step_ = !with_grad_ && x.size(1) == 1 && !cu_seqlens().defined();
-  GDN_CHECK(step_ || !slots_.defined() || slots_.numel() == 0 ||
-                at::min(slots_).item<int64_t>() >= 0,
-            "[", mixer, "] negative slots are for decoding steps only");
+  GDN_CHECK(
+      step_ || !slots_.defined() || slots_.numel() == 0 || at::min(slots_).item<int64_t>() >= 0,
+      "[", mixer, "] negative slots are for decoding steps only");
 }
 
 at::Tensor StateAccess::read(const char* name) const {

@@ -30,9 +30,10 @@ at::Tensor initial_a_log(int64_t heads) {
 
 // The bias whose softplus is a step size drawn log-uniformly from [0.001, 0.1].
 at::Tensor initial_dt_bias(int64_t heads) {
-  const at::Tensor dt =
-      at::empty({heads}, at::kFloat).uniform_(std::log(0.001), std::log(0.1)).exp_().clamp_min_(
-          1e-4);
+  const at::Tensor dt = at::empty({heads}, at::kFloat)
+                            .uniform_(std::log(0.001), std::log(0.1))
+                            .exp_()
+                            .clamp_min_(1e-4);
   return dt + at::log(-at::expm1(-dt));
 }
 
@@ -42,7 +43,8 @@ GatedDeltaNet::GatedDeltaNet(const MixerArgs& args) {
   const Options options(kName, args);
   const int64_t D = args.hidden_size;
   head_dim_ = options.positive_or("head_dim", default_head_dim(D));
-  const int64_t heads = std::llround(0.75 * static_cast<double>(D) / static_cast<double>(head_dim_));
+  const int64_t heads =
+      std::llround(0.75 * static_cast<double>(D) / static_cast<double>(head_dim_));
   num_heads_ = options.positive_or("num_heads", std::max<int64_t>(heads, 1));
   num_v_heads_ = options.positive_or("num_v_heads", num_heads_);
   options.check(num_v_heads_ % num_heads_ == 0, "num_v_heads must be a multiple of num_heads (",
@@ -50,10 +52,10 @@ GatedDeltaNet::GatedDeltaNet(const MixerArgs& args) {
   const double expand_v = options.number("expand_v");
   const double v_dim = static_cast<double>(head_dim_) * expand_v;
   head_v_dim_ = std::llround(v_dim);
-  options.check(head_v_dim_ >= 1 && std::abs(v_dim - static_cast<double>(head_v_dim_)) <=
-                                        1e-5 * v_dim,
-                "head_dim * expand_v must be a whole number of at least 1, got ", head_dim_, " * ",
-                expand_v, " = ", v_dim);
+  options.check(
+      head_v_dim_ >= 1 && std::abs(v_dim - static_cast<double>(head_v_dim_)) <= 1e-5 * v_dim,
+      "head_dim * expand_v must be a whole number of at least 1, got ", head_dim_, " * ", expand_v,
+      " = ", v_dim);
   mode_ = options.text("mode", {"chunk", "fused_recurrent"});
   use_gate_ = options.flag("use_gate");
   use_short_conv_ = options.flag("use_short_conv");
@@ -147,7 +149,8 @@ MixerInfo gated_delta_net_info() {
       {"cpu"},
       {
           {"mode", "chunk",
-           "form for whole sequences: chunk, or fused_recurrent (token by token); without gradients "
+           "form for whole sequences: chunk, or fused_recurrent (token by token); without "
+           "gradients "
            "short inputs always take the latter"},
           {"head_dim", nullptr,
            "key size K of a head; default: hidden_size / 8 rounded down to a power of two, from 64 "
