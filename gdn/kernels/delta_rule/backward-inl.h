@@ -21,12 +21,12 @@ struct Backward {
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W;
     states = carve.take<T>(L.group * delta_rule::kSaveEvery * L.state_size());
     d_state = carve.take<T>(L.group * L.state_size());
-    values = carve.take<T>(W * C * PW);
+    values = carve.take<T>(L.panels * W * C * PW);
     valuesT = carve.take<T>(PW * W * C);
-    d_values = carve.take<T>(W * C * PW);
-    xdo = carve.take<T>(2 * C * PW);
+    d_values = carve.take<T>(L.panels * W * C * PW);
+    xdo = carve.take<T>(L.panels * 2 * C * PW);
     xdoT = carve.take<T>(PW * 2 * C);
-    v = carve.take<T>(C * PW);
+    v = carve.take<T>(L.panels * C * PW);
     dZ = carve.take<T>(2 * C * W * C);
     readT = carve.take<T>(Kp * 2 * C);
     writeT = carve.take<T>(Kp * W * C);
@@ -86,16 +86,17 @@ struct Backward {
 
   // The values the chunk wrote: U as forward saved it (or beta v), and V behind it in the separate
   // form.
-  void load_written(const T* saved, int64_t t, size_t count, int64_t hv, size_t p) {
+  void load_written(const T* saved, int64_t t, size_t count, int64_t hv) {
     const auto& x = core.x;
+    const size_t half = core.L.C * core.L.PW, stride = core.L.W * half;
     if (x.erase == DeltaErase::kNone) {
-      core.load_values(x.dtype, x.v, t, count, hv, p, x.beta != nullptr ? core.beta : nullptr,
-                       values);
+      core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr, values,
+                       stride);
     } else {
-      core.load_values(kDTypeOf<T>, saved, t, count, hv, p, nullptr, values);
+      core.load_values(kDTypeOf<T>, saved, t, count, hv, nullptr, values, stride);
     }
     if (x.erase == DeltaErase::kSeparate) {
-      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, values + core.L.C * core.L.PW);
+      core.load_values(x.dtype, x.v, t, count, hv, nullptr, values + half, stride);
     }
   }
 
@@ -108,9 +109,9 @@ struct Backward {
     for (int64_t t = begin; t + static_cast<int64_t>(L.C) < end; t += L.C, ++c) {
       core.load_keys(t, L.C, h);
       core.load_gate(t, L.C, hv);
+      load_written(saved, t, L.C, hv);
       for (size_t p = 0; p < L.panels; ++p) {
-        load_written(saved, t, L.C, hv, p);
-        core.advance_state(p, values, state(i, c) + p * L.Kp * L.PW,
+        core.advance_state(p, values + p * L.W * L.C * L.PW, state(i, c) + p * L.Kp * L.PW,
                            state(i, c + 1) + p * L.Kp * L.PW);
       }
     }
@@ -156,9 +157,19 @@ struct Backward {
     std::fill_n(writeT, Kp * L.W * C, T(0));
     std::fill_n(d_end, Kp, T(0));
     std::fill_n(d_beta, C, T(0));
-    for (size_t p = 0; p < L.panels; ++p) {
-      panel(saved, grads, t, count, hv, p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
+    load_written(saved, t, count, hv);
+    T* d_out = xdo + C * L.PW;
+    if (grads.d_o != nullptr) {
+      core.load_values(x.dtype, grads.d_o, t, count, hv, nullptr, d_out, 2 * C * L.PW);
+    } else {
+      for (size_t p = 0; p < L.panels; ++p) std::fill_n(d_out + p * 2 * C * L.PW, C * L.PW, T(0));
     }
+    if (x.beta != nullptr) core.load_values(x.dtype, x.v, t, count, hv, nullptr, v, C * L.PW);
+    for (size_t p = 0; p < L.panels; ++p) {
+      panel(count, p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
+    }
+    core.store_values(x.dtype, grads.dv, t, count, hv, d_values + (L.W - 1) * C * L.PW,
+                      L.W * C * L.PW);
     key_grads();
     gate_grads(grads, t, count, hv);
     add_scaled((2 * C - L.first) * Kp, d_bq + L.first * Kp, T(1), sum_bq + L.first * Kp);
@@ -167,33 +178,26 @@ struct Backward {
 
   // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
   // start.
-  void panel(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
-             size_t p, const T* s, T* ds) {
-    const auto& x = core.x;
+  void panel(size_t count, size_t p, const T* s, T* ds) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, WC = L.W * C, columns = L.columns(p);
-    T* d_out = xdo + C * PW;
-    if (grads.d_o != nullptr) {
-      core.load_values(x.dtype, grads.d_o, t, count, hv, p, nullptr, d_out);
-    } else {
-      std::fill_n(d_out, C * PW, T(0));
-    }
-    load_written(saved, t, count, hv, p);
+    T *x_do = xdo + p * 2 * C * PW, *d_out = x_do + C * PW, *d_value = d_values + p * WC * PW;
+    const T* value = values + p * WC * PW;
 
-    gemm<Into::kSet, false>(WC, columns, Kp, core.wEh, Kp, ds, PW, d_values, PW);
+    gemm<Into::kSet, false>(WC, columns, Kp, core.wEh, Kp, ds, PW, d_value, PW);
     for (size_t half = 0; half < L.W; ++half) {
       gemm_lower_transposed(C, columns, core.Z + C * WC + half * C, WC, d_out, PW,
-                            d_values + half * C * PW, PW);
+                            d_value + half * C * PW, PW);
     }
     if (L.first == 0) {
-      solve_lower_transposed(C, columns, core.Z, WC, d_values, PW);
-      std::copy_n(d_values, C * PW, xdo);
+      solve_lower_transposed(C, columns, core.Z, WC, d_value, PW);
+      std::copy_n(d_value, C * PW, x_do);
     }
-    store_value_grads(grads, t, count, hv, p);
+    value_grads(count, columns, p, x_do, d_value);
 
-    transpose(WC, columns, values, PW, valuesT, WC);
-    transpose(2 * C - L.first, columns, xdo + L.first * PW, PW, xdoT + L.first, 2 * C);
-    gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, xdo + L.first * PW, PW, valuesT, WC,
+    transpose(WC, columns, value, PW, valuesT, WC);
+    transpose(2 * C - L.first, columns, x_do + L.first * PW, PW, xdoT + L.first, 2 * C);
+    gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, x_do + L.first * PW, PW, valuesT, WC,
                             dZ + L.first * WC, WC);
     gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC);
     gemm<Into::kAdd, false>(Kp, 2 * C - L.first, columns, s, PW, xdoT + L.first, 2 * C,
@@ -201,6 +205,7 @@ struct Backward {
 
     const Tag<T> d;
     const T* end = core.end_decay();
+    auto total = hn::Zero(d);
     for (size_t i = 0; i < Kp; ++i) {
       const auto f = hn::Set(d, end[L.channel ? i : 0]);
       auto sum = hn::Zero(d);
@@ -209,29 +214,32 @@ struct Backward {
         sum = hn::MulAdd(g, hn::Load(d, s + i * PW + j), sum);
         hn::Store(g, d, ds + i * PW + j);
       }
-      d_end[i] += hn::GetLane(hn::SumOfLanes(d, sum));
-    }
-    gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
-                           xdo + L.first * PW, PW, ds, PW);
-  }
-
-  void store_value_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
-                         size_t p) {
-    const auto& x = core.x;
-    const auto& L = core.L;
-    const size_t C = L.C, PW = L.PW, columns = L.columns(p);
-    T* dv = d_values + (L.W - 1) * C * PW;
-    if (x.erase == DeltaErase::kSeparate) {
-      gemm_lower_transposed(C, columns, core.Z + C, L.W * C, xdo, PW, dv, PW);
-    }
-    if (x.beta != nullptr) {
-      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, v);
-      for (size_t i = 0; i < count; ++i) {
-        d_beta[i] += dot(columns, v + i * PW, dv + i * PW);
-        scale_rows<T>(1, columns, dv + i * PW, nullptr, false, core.beta + i, dv + i * PW);
+      if (L.channel) {
+        d_end[i] += hn::GetLane(hn::SumOfLanes(d, sum));
+      } else {
+        total = hn::Add(total, sum);
       }
     }
-    core.store_values(x.dtype, grads.dv, t, count, hv, p, dv);
+    if (!L.channel) d_end[0] += hn::GetLane(hn::SumOfLanes(d, total));
+    gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
+                           x_do + L.first * PW, PW, ds, PW);
+  }
+
+  // dv and dbeta's part of it, from the gradient of what was written.
+  void value_grads(size_t count, size_t columns, size_t p, const T* X, T* d_value) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t C = L.C, PW = L.PW;
+    T* dv = d_value + (L.W - 1) * C * PW;
+    if (x.erase == DeltaErase::kSeparate) {
+      gemm_lower_transposed(C, columns, core.Z + C, L.W * C, X, PW, dv, PW);
+    }
+    if (x.beta == nullptr) return;
+    const T* value = v + p * C * PW;
+    for (size_t i = 0; i < count; ++i) {
+      d_beta[i] += dot(columns, value + i * PW, dv + i * PW);
+      scale_rows<T>(1, columns, dv + i * PW, nullptr, false, core.beta + i, dv + i * PW);
+    }
   }
 
   // d_bq and d_w from what the panels left in dZ, readT and writeT. The erase's rows of d_bq, and

@@ -149,11 +149,14 @@ struct Core {
       sub_wT = carve.take<T>(C * Kp);
     }
     run = carve.take<T>(Kp);
+    row = carve.take<T>(L.panels * L.PW);
+    out_row = carve.take<T>(L.panels * L.PW);
   }
 
   void clear() {
     std::fill_n(Z, 2 * L.C * L.W * L.C, T(0));
     std::fill_n(D, L.C * L.C, T(0));
+    std::fill_n(row, L.panels * L.PW, T(0));  // the padding past V stays zero
   }
 
   void load_rows(const void* src, int64_t t0, size_t n, int64_t heads, int64_t head, T* dst) const {
@@ -343,28 +346,36 @@ struct Core {
     }
   }
 
-  // Rows [0, n) of a panel of values, zero below; with row factors if s is not null.
-  void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, size_t p,
-                   const T* s, T* dst) const {
+  // Rows [0, n) of values times their factors (null: 1) into panels, zero below: row i of panel p
+  // goes to dst + p * stride + i * PW. Whole rows at a time, because tokens lie HV * V elements
+  // apart in memory.
+  void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, const T* s,
+                   T* dst, size_t stride) const {
     const Tag<T> d;
-    const size_t valid = L.valid(p), columns = L.columns(p);
     for (size_t i = 0; i < n; ++i) {
-      T* row = dst + i * L.PW;
-      load_row(dtype, src, ((t0 + i) * x.HV + hv) * x.V + p * L.PW, valid, row);
-      std::fill(row + valid, row + columns, T(0));
-      if (s != nullptr) {
-        const auto f = hn::Set(d, s[i]);
-        for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
-          hn::Store(hn::Mul(hn::Load(d, row + j), f), d, row + j);
+      load_row(dtype, src, ((t0 + i) * x.HV + hv) * x.V, L.V, row);
+      const auto f = hn::Set(d, s != nullptr ? s[i] : T(1));
+      for (size_t p = 0; p < L.panels; ++p) {
+        for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
+          hn::Store(hn::Mul(f, hn::Load(d, row + p * L.PW + j)), d,
+                    dst + p * stride + i * L.PW + j);
         }
       }
     }
-    std::fill(dst + n * L.PW, dst + L.C * L.PW, T(0));
+    for (size_t p = 0; p < L.panels; ++p) {
+      std::fill(dst + p * stride + n * L.PW, dst + p * stride + L.C * L.PW, T(0));
+    }
   }
-  void store_values(DType dtype, void* dst, int64_t t0, size_t n, int64_t hv, size_t p,
-                    const T* src) const {
+  void store_values(DType dtype, void* dst, int64_t t0, size_t n, int64_t hv, const T* src,
+                    size_t stride) const {
+    const Tag<T> d;
     for (size_t i = 0; i < n; ++i) {
-      store_row(dtype, dst, ((t0 + i) * x.HV + hv) * x.V + p * L.PW, L.valid(p), src + i * L.PW);
+      for (size_t p = 0; p < L.panels; ++p) {
+        for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
+          hn::Store(hn::Load(d, src + p * stride + i * L.PW + j), d, out_row + p * L.PW + j);
+        }
+      }
+      store_row(dtype, dst, ((t0 + i) * x.HV + hv) * x.V, L.V, out_row);
     }
   }
 
@@ -412,6 +423,7 @@ struct Core {
   T *f, *beta;    // [2C] row factors: -beta or +1 for the erase, scale for queries; [C]
   T *sub_bq = nullptr, *sub_w = nullptr, *sub_wT = nullptr;  // channel gate: see decay_sub_block
   T* run;                                                    // [Kp]
+  T *row, *out_row;  // [panels PW] one row of values on its way in or out
 };
 
 }  // namespace HWY_NAMESPACE

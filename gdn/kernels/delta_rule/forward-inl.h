@@ -19,8 +19,8 @@ struct Forward {
   Forward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
     state = carve.take<T>(L.state_size());
-    reads = carve.take<T>(2 * L.C * L.PW);
-    values = carve.take<T>(L.W * L.C * L.PW);
+    reads = carve.take<T>(L.panels * 2 * L.C * L.PW);
+    values = carve.take<T>(L.panels * L.W * L.C * L.PW);
   }
 
   void run(const DeltaRuleOutputs& out, int64_t n, int64_t hv, int64_t saved_offset) {
@@ -46,16 +46,19 @@ struct Forward {
       core.decay_readers();
       core.scores();
       const bool last = t + C >= range.end && out.final_state == nullptr;
+      const size_t read_stride = 2 * C * L.PW, value_stride = L.W * C * L.PW;
+      core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr,
+                       values + (L.W - 1) * C * L.PW, value_stride);
       for (size_t p = 0; p < L.panels; ++p) {
-        panel(t, count, hv, p);
-        core.store_values(x.dtype, out.o, t, count, hv, p, reads + C * L.PW);
-        if (saved_values != nullptr) {
-          core.store_values(kDTypeOf<T>, saved_values, t, count, hv, p, values);
-        }
+        panel(p, reads + p * read_stride, values + p * value_stride);
         if (!last) {
           T* s = state + p * L.Kp * L.PW;
-          core.advance_state(p, values, s, s);
+          core.advance_state(p, values + p * value_stride, s, s);
         }
+      }
+      core.store_values(x.dtype, out.o, t, count, hv, reads + C * L.PW, read_stride);
+      if (saved_values != nullptr) {
+        core.store_values(kDTypeOf<T>, saved_values, t, count, hv, values, value_stride);
       }
     }
     if (out.final_state != nullptr) {
@@ -63,33 +66,30 @@ struct Forward {
     }
   }
 
-  // values: U (and V behind it in the separate form); the second half of reads: O.
-  void panel(int64_t t, size_t count, int64_t hv, size_t p) {
-    const auto& x = core.x;
+  // On entry `value` holds beta v, or V in its second half (separate form); on return U, and V
+  // behind it. The second half of `read` becomes O.
+  void panel(size_t p, T* read, T* value) {
     const auto& L = core.L;
     const size_t C = L.C, PW = L.PW, columns = L.columns(p), ld = L.W * C;
     gemm<Into::kSet, false>(2 * C - L.first, columns, L.Kp, core.bqE + L.first * L.Kp, L.Kp,
-                            state + p * L.Kp * PW, PW, reads + L.first * PW, PW);
-    if (x.erase == DeltaErase::kSeparate) {
-      core.load_values(x.dtype, x.v, t, count, hv, p, nullptr, values + C * PW);
-      std::copy_n(reads, C * PW, values);
-      gemm_lower(C, columns, core.Z + C, ld, values + C * PW, PW, values, PW);
-    } else {
-      core.load_values(x.dtype, x.v, t, count, hv, p, x.beta != nullptr ? core.beta : nullptr,
-                       values);
-      if (L.first == 0) add_scaled(C * PW, reads, T(1), values);
+                            state + p * L.Kp * PW, PW, read + L.first * PW, PW);
+    if (core.x.erase == DeltaErase::kSeparate) {
+      std::copy_n(read, C * PW, value);
+      gemm_lower(C, columns, core.Z + C, ld, value + C * PW, PW, value, PW);
+    } else if (L.first == 0) {
+      add_scaled(C * PW, read, T(1), value);
     }
-    if (L.first == 0) solve_lower(C, columns, core.Z, ld, values, PW);
+    if (L.first == 0) solve_lower(C, columns, core.Z, ld, value, PW);
     for (size_t s = 0; s < L.W; ++s) {
-      gemm_lower(C, columns, core.Z + C * ld + s * C, ld, values + s * C * PW, PW, reads + C * PW,
+      gemm_lower(C, columns, core.Z + C * ld + s * C, ld, value + s * C * PW, PW, read + C * PW,
                  PW);
     }
   }
 
   Core<T> core;
   T* state;   // [panels][Kp][PW]
-  T* reads;   // [2C][PW]
-  T* values;  // [W C][PW]
+  T* reads;   // [panels][2C][PW]
+  T* values;  // [panels][W C][PW]
 };
 
 }  // namespace HWY_NAMESPACE

@@ -5,6 +5,7 @@
 // cannot live in arrays, which the register tiles need.
 #pragma once
 
+#undef HWY_DISABLED_TARGETS  // the build may have its own, smaller list
 #define HWY_DISABLED_TARGETS                                                                 \
   ((HWY_AVX3 - 1) | HWY_SSE4 | HWY_SSSE3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | \
    HWY_RVV)
