@@ -92,11 +92,12 @@ inline double dot(const std::vector<double>& a, const std::vector<double>& b) {
   return sum;
 }
 
-// Runs `f` with each SIMD target that this machine and the kernels' build have.
+// Runs `f` with each SIMD target that this machine and the kernels' build have, and with the
+// portable fallback.
 inline void for_each_target(const std::function<void(const std::string&)>& f) {
   const int64_t supported = hwy::SupportedTargets();
-  for (const int64_t target : {HWY_AVX3, HWY_AVX2, HWY_EMU128}) {
-    if ((supported & target) == 0 && target != HWY_EMU128) continue;
+  for (const int64_t target : {HWY_AVX3, HWY_AVX2, HWY_NEON, HWY_SCALAR}) {
+    if ((supported & target) == 0 && target != HWY_SCALAR) continue;
     hwy::SetSupportedTargetsForTest(target);
     f(hwy::TargetName(target));
   }

@@ -36,6 +36,10 @@ CASES = [
     Case("rms_norm_gated", gdn.rms_norm_gated, lambda: (normal(2, 3, 5), normal(5), normal(2, 3, 5)), {}),
     Case("rms_norm_gated-sigmoid", gdn.rms_norm_gated, lambda: (normal(4, 5), normal(5), normal(4, 5)),
          {"activation": "sigmoid"}),
+    Case("causal_conv1d", gdn.causal_conv1d, lambda: (normal(2, 6, 3), normal(3, 4)), {}),
+    Case("causal_conv1d-packed", gdn.causal_conv1d,
+         lambda: (normal(1, 7, 3), normal(3, 4), normal(3), normal(3, 3, 4), torch.tensor([0, 2, 2, 7])),
+         {"output_final_state": True, "activation": "silu"}),
 ]
 
 
@@ -79,7 +83,7 @@ def test_double_backward_raises_clearly(case: Case) -> None:
 
 
 # One op of each kind: a plain one, and those whose outputs have sizes of their own.
-COMPILED = ["rms_norm_gated"]
+COMPILED = ["rms_norm_gated", "causal_conv1d-packed"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in COMPILED], ids=str)
@@ -94,6 +98,18 @@ def test_compiles_as_a_full_graph_with_dynamic_shapes(case: Case) -> None:
     actual = torch.autograd.grad(compiled(*args), leaves)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+def test_the_in_place_convolution_step() -> None:
+    x, state, weight = torch.randn(2, 8), torch.randn(4, 8, 4), torch.randn(8, 4)
+    slots = torch.tensor([3, 0])
+    torch.library.opcheck(gdn.causal_conv1d_update_, (x, state, weight, None, slots, "silu"))
+    before = state.clone()
+    gdn.causal_conv1d_update_(x, state, weight, slots=slots)
+    torch.testing.assert_close(state[slots], torch.cat([before[slots][..., 1:], x[..., None]], -1))
+    torch.testing.assert_close(state[1:3], before[1:3], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        gdn.causal_conv1d_update_(x.requires_grad_(), state, weight)
 
 
 def test_errors_are_one_line_and_name_the_value() -> None:

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "gdn/kernels/gate.cpp"
+// clang-format off
+#include "hwy/foreach_target.h"  // must precede highway.h
+// clang-format on
+#include "gdn/kernels/gate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "gdn/base/check.h"
+#include "gdn/base/parallel.h"
+#include "gdn/kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+// exp(A_log) of each channel's head, so that the loops over channels need no knowledge of heads.
+template <typename A>
+std::vector<A> channel_rates(const GateParams& p) {
+  std::vector<A> rates(p.heads * p.channels);
+  for (int64_t i = 0; i < p.heads * p.channels; ++i) {
+    rates[i] = std::exp(static_cast<const A*>(p.A_log)[i / p.channels]);
+  }
+  return rates;
+}
+
+template <typename T>
+void gate_forward_t(const GateParams& p, Acc<T>* g) {
+  using A = Acc<T>;
+  const int64_t dim = p.heads * p.channels;
+  const std::vector<A> rates = channel_rates<A>(p);
+  const A* rate = rates.data();
+  const A* dt_bias = static_cast<const A*>(p.dt_bias);
+  parallel_for(0, p.rows, row_grain(4 * dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
+      for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
+        auto x = load_as(d, a + i);
+        if (dt_bias != nullptr) x = hn::Add(x, hn::LoadU(d, dt_bias + i));
+        const auto r = hn::LoadU(d, rate + i);
+        const auto v =
+            p.lower_bound.has_value()
+                ? hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), sigmoid(d, hn::Mul(r, x)))
+                : hn::Neg(hn::Mul(r, softplus(d, x)));
+        hn::StoreU(v, d, g + row * dim + i);
+      });
+    }
+  });
+}
+
+// decay: da = -rate * sigmoid(x) * dg (without the sigmoid where softplus(x) = x), dA_log = sum dg
+// * g. safe:  with s = sigmoid(rate * x): da = dg * lower_bound * s * (1 - s) * rate, dA_log = sum
+// da * x.
+template <typename T>
+void gate_backward_t(const GateParams& p, const GateGrads& grads) {
+  using A = Acc<T>;
+  const int64_t dim = p.heads * p.channels;
+  const std::vector<A> rates = channel_rates<A>(p);
+  const A* rate = rates.data();
+  const A* dt_bias = static_cast<const A*>(p.dt_bias);
+  const RowBlocks blocks(p.rows, row_grain(4 * dim));
+  std::vector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
+  parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
+    for (int64_t block = first; block < last; ++block) {
+      A* sum_log = partial.data() + block * 2 * dim;
+      A* sum_bias = sum_log + dim;
+      for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) {
+        const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
+        const A* dg = static_cast<const A*>(grads.dg) + row * dim;
+        T* da = static_cast<T*>(grads.da) + row * dim;
+        for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
+          auto x = load_as(d, a + i);
+          if (dt_bias != nullptr) x = hn::Add(x, hn::LoadU(d, dt_bias + i));
+          const auto r = hn::LoadU(d, rate + i);
+          const auto one = hn::Set(d, 1);
+          auto dx = hn::LoadU(d, dg + i), dlog = dx;
+          if (p.lower_bound.has_value()) {
+            const auto s = sigmoid(d, hn::Mul(r, x));
+            const auto slope =
+                hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), hn::Mul(s, hn::Sub(one, s)));
+            dx = hn::Mul(hn::Mul(dx, slope), r);
+            dlog = hn::Mul(dx, x);
+          } else {
+            const auto slope = hn::IfThenElse(hn::Gt(x, hn::Set(d, 20)), one, sigmoid(d, x));
+            dx = hn::Neg(hn::Mul(hn::Mul(dx, slope), r));
+            dlog = hn::Neg(hn::Mul(hn::Mul(dlog, r), softplus(d, x)));
+          }
+          store_as(d, dx, da + i);
+          hn::StoreU(hn::Add(dlog, hn::LoadU(d, sum_log + i)), d, sum_log + i);
+          hn::StoreU(hn::Add(dx, hn::LoadU(d, sum_bias + i)), d, sum_bias + i);
+        });
+      }
+    }
+  });
+  A* dA_log = static_cast<A*>(grads.dA_log);
+  std::fill(dA_log, dA_log + p.heads, A{0});
+  for (int64_t i = 0; i < dim; ++i) {
+    A log = 0, bias = 0;
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      log += partial[block * 2 * dim + i];
+      bias += partial[(block * 2 + 1) * dim + i];
+    }
+    dA_log[i / p.channels] += log;
+    if (grads.ddt_bias != nullptr) static_cast<A*>(grads.ddt_bias)[i] = bias;
+  }
+}
+
+template <typename T>
+void beta_forward_t(const BetaParams& p, Acc<T>* beta) {
+  using A = Acc<T>;
+  parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* b = static_cast<const T*>(p.b) + p.b_layout.offset(row, p.dim);
+      for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+        const auto v = hn::Mul(hn::Set(d, static_cast<A>(p.scale)), sigmoid(d, load_as(d, b + i)));
+        hn::StoreU(v, d, beta + row * p.dim + i);
+      });
+    }
+  });
+}
+
+template <typename T>
+void beta_backward_t(const BetaParams& p, const Acc<T>* dbeta, T* db) {
+  using A = Acc<T>;
+  parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* b = static_cast<const T*>(p.b) + p.b_layout.offset(row, p.dim);
+      for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+        const auto s = sigmoid(d, load_as(d, b + i));
+        const auto slope =
+            hn::Mul(hn::Set(d, static_cast<A>(p.scale)), hn::Mul(s, hn::Sub(hn::Set(d, 1), s)));
+        store_as(d, hn::Mul(slope, hn::LoadU(d, dbeta + row * p.dim + i)), db + row * p.dim + i);
+      });
+    }
+  });
+}
+
+void gate_forward_any(const GateParams& p, void* g) {
+  dispatch_dtype(
+      p.dtype, [&](auto t) { gate_forward_t<decltype(t)>(p, static_cast<Acc<decltype(t)>*>(g)); });
+}
+
+void gate_backward_any(const GateParams& p, const GateGrads& grads) {
+  dispatch_dtype(p.dtype, [&](auto t) { gate_backward_t<decltype(t)>(p, grads); });
+}
+
+void beta_forward_any(const BetaParams& p, void* beta) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    beta_forward_t<decltype(t)>(p, static_cast<Acc<decltype(t)>*>(beta));
+  });
+}
+
+void beta_backward_any(const BetaParams& p, const void* dbeta, void* db) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    beta_backward_t<T>(p, static_cast<const Acc<T>*>(dbeta), static_cast<T*>(db));
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gdn {
+
+HWY_EXPORT(gate_forward_any);
+HWY_EXPORT(gate_backward_any);
+HWY_EXPORT(beta_forward_any);
+HWY_EXPORT(beta_backward_any);
+
+namespace {
+
+void check(const GateParams& p) {
+  GDN_CHECK(p.rows >= 0 && p.heads >= 1 && p.channels >= 1,
+            "[gate] heads and channels must be at least 1, got ", p.heads, " and ", p.channels);
+  GDN_CHECK(!p.lower_bound.has_value() || *p.lower_bound < 0,
+            "[gate] lower_bound must be negative, got ", p.lower_bound.value_or(0));
+}
+
+void check(const BetaParams& p) {
+  GDN_CHECK(p.rows >= 0 && p.dim >= 1, "[beta] dim must be at least 1, got ", p.dim);
+}
+
+double at(DType dtype, const void* data, int64_t i) {
+  return dispatch_dtype(
+      dtype, [&](auto t) -> double { return load(static_cast<const decltype(t)*>(data) + i); });
+}
+
+double at_acc(DType dtype, const void* data, int64_t i) {
+  return dtype == DType::kF64 ? static_cast<const double*>(data)[i]
+                              : static_cast<const float*>(data)[i];
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// a + dt_bias of one element.
+double naive_input(const GateParams& p, int64_t row, int64_t i) {
+  const double a = at(p.dtype, p.a, p.a_layout.offset(row, p.heads * p.channels) + i);
+  return p.dt_bias == nullptr ? a : a + at_acc(p.dtype, p.dt_bias, i);
+}
+
+}  // namespace
+
+void gate_forward(const GateParams& p, void* g) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(gate_forward_any)(p, g);
+}
+
+void gate_backward(const GateParams& p, const GateGrads& grads) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(gate_backward_any)(p, grads);
+}
+
+void beta_forward(const BetaParams& p, void* beta) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(beta_forward_any)(p, beta);
+}
+
+void beta_backward(const BetaParams& p, const void* dbeta, void* db) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(beta_backward_any)(p, dbeta, db);
+}
+
+void gate_naive_forward(const GateParams& p, double* g) {
+  const int64_t dim = p.heads * p.channels;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < dim; ++i) {
+      const double x = naive_input(p, row, i),
+                   rate = std::exp(at_acc(p.dtype, p.A_log, i / p.channels));
+      g[row * dim + i] = p.lower_bound.has_value() ? *p.lower_bound * sigmoid(rate * x)
+                                                   : -rate * (x > 20 ? x : std::log1p(std::exp(x)));
+    }
+  }
+}
+
+void gate_naive_backward(const GateParams& p, const double* dg, double* da, double* dA_log,
+                         double* ddt_bias) {
+  const int64_t dim = p.heads * p.channels;
+  std::fill(dA_log, dA_log + p.heads, 0.0);
+  if (ddt_bias != nullptr) std::fill(ddt_bias, ddt_bias + dim, 0.0);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < dim; ++i) {
+      const double x = naive_input(p, row, i),
+                   rate = std::exp(at_acc(p.dtype, p.A_log, i / p.channels));
+      const double upstream = dg[row * dim + i];
+      double dx, dlog;
+      if (p.lower_bound.has_value()) {
+        const double s = sigmoid(rate * x), ds = upstream * *p.lower_bound * s * (1 - s);
+        dx = ds * rate;
+        dlog = ds * x * rate;
+      } else {
+        dx = -upstream * rate * (x > 20 ? 1 : sigmoid(x));
+        dlog = -upstream * rate * (x > 20 ? x : std::log1p(std::exp(x)));
+      }
+      da[row * dim + i] = dx;
+      dA_log[i / p.channels] += dlog;
+      if (ddt_bias != nullptr) ddt_bias[i] += dx;
+    }
+  }
+}
+
+void beta_naive_forward(const BetaParams& p, double* beta) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < p.dim; ++i) {
+      beta[row * p.dim + i] =
+          p.scale * sigmoid(at(p.dtype, p.b, p.b_layout.offset(row, p.dim) + i));
+    }
+  }
+}
+
+void beta_naive_backward(const BetaParams& p, const double* dbeta, double* db) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < p.dim; ++i) {
+      const double s = sigmoid(at(p.dtype, p.b, p.b_layout.offset(row, p.dim) + i));
+      db[row * p.dim + i] = dbeta[row * p.dim + i] * p.scale * s * (1 - s);
+    }
+  }
+}
+
+}  // namespace gdn
+#endif  // HWY_ONCE

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gdn/kernels/gate.h"
+
+#include "tests/kernels/support.h"
+
+namespace gdn {
+namespace {
+
+using testing::dot;
+using testing::random_normal;
+using testing::to_double;
+using testing::tolerance;
+
+struct Case {
+  int64_t rows, heads, channels;
+  bool dt_bias;
+  std::optional<double> lower_bound;
+  std::string name;
+};
+
+const Case kCases[] = {{37, 5, 1, true, {}, "gdn"},
+                       {400, 16, 1, true, {}, "gdn, many rows"},
+                       {9, 3, 20, true, {}, "kda"},
+                       {9, 2, 7, false, {}, "kda without dt_bias"},
+                       {50, 2, 16, true, -5.0, "safe kda"}};
+
+template <typename T>
+struct Data {
+  Case c;
+  int64_t dim;
+  std::vector<T> a;
+  std::vector<Acc<T>> A_log, dt_bias, dg;
+
+  explicit Data(const Case& c)
+      : c(c),
+        dim(c.heads * c.channels),
+        a(random_normal<T>(c.rows * (dim + 2), 1, 3.0)),
+        A_log(random_normal<Acc<T>>(c.heads, 2)),
+        dt_bias(random_normal<Acc<T>>(dim, 3)),
+        dg(random_normal<Acc<T>>(c.rows * dim, 4)) {
+    store(&a[1], Acc<T>{25});  // beyond softplus's threshold
+    store(&a[2], Acc<T>{-60});
+  }
+
+  GateParams params() const {
+    GateParams p;
+    p.rows = c.rows;
+    p.heads = c.heads;
+    p.channels = c.channels;
+    p.dtype = kDTypeOf<T>;
+    p.a = a.data();
+    p.a_layout = {1, dim + 2};
+    p.A_log = A_log.data();
+    p.dt_bias = c.dt_bias ? dt_bias.data() : nullptr;
+    p.lower_bound = c.lower_bound;
+    return p;
+  }
+};
+
+template <typename T>
+struct Results {
+  std::vector<Acc<T>> g, dA_log, ddt_bias;
+  std::vector<T> da;
+  explicit Results(const Data<T>& d)
+      : g(d.dg.size()), dA_log(d.c.heads), ddt_bias(d.dim), da(d.dg.size()) {}
+};
+
+template <typename T>
+Results<T> run(const Data<T>& data) {
+  Results<T> r(data);
+  gate_forward(data.params(), r.g.data());
+  gate_backward(data.params(), {data.dg.data(), r.da.data(), r.dA_log.data(), r.ddt_bias.data()});
+  return r;
+}
+
+template <typename T>
+Results<double> run_naive(const Data<T>& data) {
+  Results<double> r{Data<double>(data.c)};
+  gate_naive_forward(data.params(), r.g.data());
+  gate_naive_backward(data.params(), to_double(data.dg).data(), r.da.data(), r.dA_log.data(),
+                      r.ddt_bias.data());
+  return r;
+}
+
+template <typename T>
+class GateTest : public ::testing::Test {};
+TYPED_TEST_SUITE(GateTest, testing::StorageTypes);
+
+TYPED_TEST(GateTest, EqualsTheOracleOnEveryTarget) {
+  using T = TypeParam;
+  const double acc_tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
+  testing::for_each_target([&](const std::string& target) {
+    for (const Case& c : kCases) {
+      const Data<T> data(c);
+      const Results<T> fast = run(data);
+      const Results<double> naive = run_naive(data);
+      const std::string what = target + " " + c.name;
+      testing::expect_close(fast.g, naive.g, acc_tolerance, what + " g");
+      testing::expect_close(fast.da, naive.da, tolerance<T>(), what + " da");
+      testing::expect_close(fast.dA_log, naive.dA_log, acc_tolerance, what + " dA_log");
+      testing::expect_close(fast.ddt_bias, naive.ddt_bias, acc_tolerance, what + " ddt_bias");
+    }
+  });
+}
+
+TYPED_TEST(GateTest, BetaEqualsTheOracleOnEveryTarget) {
+  using T = TypeParam;
+  const int64_t rows = 21, dim = 19;
+  const std::vector<T> b = random_normal<T>(rows * (dim + 4), 1, 3.0);
+  const std::vector<Acc<T>> dbeta = random_normal<Acc<T>>(rows * dim, 2);
+  testing::for_each_target([&](const std::string& target) {
+    for (const double scale : {1.0, 2.0}) {
+      BetaParams p;
+      p.rows = rows;
+      p.dim = dim;
+      p.dtype = kDTypeOf<T>;
+      p.scale = scale;
+      p.b = b.data();
+      p.b_layout = {1, dim + 4};
+      std::vector<Acc<T>> beta(rows * dim);
+      std::vector<T> db(rows * dim);
+      std::vector<double> beta_naive(rows * dim), db_naive(rows * dim);
+      beta_forward(p, beta.data());
+      beta_backward(p, dbeta.data(), db.data());
+      beta_naive_forward(p, beta_naive.data());
+      beta_naive_backward(p, to_double(dbeta).data(), db_naive.data());
+      testing::expect_close(beta, beta_naive, std::is_same_v<T, double> ? 1e-12 : 1e-5,
+                            target + " beta");
+      testing::expect_close(db, db_naive, tolerance<T>(), target + " db");
+    }
+  });
+}
+
+TEST(Gate, OracleGradientsAgreeWithFiniteDifferences) {
+  for (Case c : kCases) {
+    c.rows = 3;
+    const Data<double> data(c);
+    const Results<double> naive = run_naive(data);
+    auto loss = [&](auto change) {
+      return [&data, change](const std::vector<double>& v) {
+        Data<double> d = data;
+        change(d) = v;
+        std::vector<double> g(d.dg.size());
+        gate_naive_forward(d.params(), g.data());
+        return dot(g, d.dg);
+      };
+    };
+    std::vector<double> da(data.a.size());
+    for (int64_t row = 0; row < c.rows; ++row) {
+      std::copy_n(&naive.da[row * data.dim], data.dim, &da[row * (data.dim + 2)]);
+    }
+    testing::expect_gradient(data.a, da, loss([](auto& d) -> auto& { return d.a; }), c.name + " da",
+                             1e-6);
+    testing::expect_gradient(data.A_log, naive.dA_log,
+                             loss([](auto& d) -> auto& { return d.A_log; }), c.name + " dA_log",
+                             1e-6);
+    if (!c.dt_bias) continue;
+    testing::expect_gradient(data.dt_bias, naive.ddt_bias,
+                             loss([](auto& d) -> auto& { return d.dt_bias; }), c.name + " ddt_bias",
+                             1e-6);
+  }
+  const std::vector<double> b = random_normal<double>(6, 1), dbeta = random_normal<double>(6, 2);
+  BetaParams p;
+  p.rows = 2;
+  p.dim = 3;
+  p.dtype = DType::kF64;
+  p.scale = 2;
+  p.b = b.data();
+  std::vector<double> db(6);
+  beta_naive_backward(p, dbeta.data(), db.data());
+  testing::expect_gradient(
+      b, db,
+      [&](const std::vector<double>& v) {
+        BetaParams q = p;
+        q.b = v.data();
+        std::vector<double> beta(6);
+        beta_naive_forward(q, beta.data());
+        return dot(beta, dbeta);
+      },
+      "db");
+}
+
+TEST(Gate, IsNeverPositiveAndExtremesStayFinite) {
+  const std::vector<float> a = {-1e30f, -100, 0, 100, 1e4f}, A_log = {2.7f}, dg(5, 1.0f);
+  GateParams p;
+  p.rows = 5;
+  p.heads = 1;
+  p.a = a.data();
+  p.A_log = A_log.data();
+  std::vector<float> g(5), da(5), dA_log(1), ddt_bias(1);
+  gate_forward(p, g.data());
+  gate_backward(p, {dg.data(), da.data(), dA_log.data(), ddt_bias.data()});
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_LE(g[i], 0) << i;
+    EXPECT_TRUE(std::isfinite(g[i]) && std::isfinite(da[i])) << i;
+  }
+  EXPECT_EQ(g[0], 0);
+  EXPECT_FLOAT_EQ(g[4], -1e4f * std::exp(2.7f));
+}
+
+TEST(Gate, SameBitsForAnyNumberOfThreads) {
+  const Data<float> data(Case{3000, 6, 4, true, {}, "threads"});
+  testing::expect_same_bits_for_any_threads([&] { return run(data).dA_log; });
+  testing::expect_same_bits_for_any_threads([&] { return run(data).ddt_bias; });
+}
+
+TEST(Gate, RejectsSizesAndBounds) {
+  GateParams p;
+  EXPECT_THROW(gate_forward(p, nullptr), Error);
+  p.heads = 2;
+  p.lower_bound = 0.0;
+  EXPECT_THROW(gate_forward(p, nullptr), Error);
+  EXPECT_THROW(beta_forward(BetaParams{}, nullptr), Error);
+}
+
+}  // namespace
+}  // namespace gdn
