@@ -15,6 +15,7 @@ TORCH_VERSION=2.13.0
 PYTHON_PACKAGES=("torch==${TORCH_VERSION}" "numpy>=1.26" "pytest>=8" "matplotlib>=3.8")
 LINT_PACKAGES=("clang-format==14.0.6" "ruff>=0.6")
 LOG=.cache/setup.log
+OPTIONAL_TRIED=.cache/setup-optional-tried
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() {
@@ -133,10 +134,11 @@ setup_system() {
     install_packages $missing $optional
     missing=$(missing_packages "$REQUIRED")
     [ -z "$missing" ] || die "still missing after the installation: $(tr '\n' ' ' <<<"$missing")"
-  elif [ -n "$optional" ]; then
+  elif [ -n "$optional" ] && [ ! -e "$OPTIONAL_TRIED" ]; then
     # shellcheck disable=SC2086
-    (install_packages $optional) || say "going on without $(tr '\n' ' ' <<<"$optional")(only speeds up building)"
+    (install_packages $optional) 2>/dev/null || say "going on without" $optional "(they only make building faster)"
   fi
+  : >"$OPTIONAL_TRIED"
 
   local version
   version=$(cmake --version | sed -n '1s/.*version //p')
