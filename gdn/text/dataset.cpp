@@ -85,7 +85,8 @@ class WindowSource final : public TextSource {
                 .T = options_.seq_len,
                 .ids = {},
                 .targets = {},
-                .cu_seqlens = {}};
+                .cu_seqlens = {},
+                .answers = {}};
     for (int64_t row = 0; row < batch.B; ++row) {
       const int64_t drawn = index * batch.B + row, epoch = drawn / windows_;
       Rng rng(options_.seed, kEpochStream + epoch);
@@ -108,7 +109,8 @@ class WindowSource final : public TextSource {
                 .T = T,
                 .ids = {},
                 .targets = {},
-                .cu_seqlens = {}};
+                .cu_seqlens = {},
+                .answers = {}};
     for (int64_t row = 0; row < batch.B; ++row) {
       const int64_t begin = val_begin_ + (first + row) * T;
       append(batch, begin, std::min(T, text_.tokens->size() - 1 - begin));
@@ -132,7 +134,8 @@ class PackedSource final : public TextSource {
  public:
   explicit PackedSource(const TextDataOptions& options) : TextSource(options) {
     const int32_t id = tokenizer().encode("\n")[0];
-    if (tokenizer().token_bytes(id) == "\n") line_end_ = id;  // else the text has none: one document
+    if (tokenizer().token_bytes(id) == "\n")
+      line_end_ = id;  // else the text has none: one document
     std::vector<Piece> train = pieces(0, val_begin_),
                        val = pieces(val_begin_, text_.tokens->size());
     GDN_CHECK(!train.empty() && (!val.empty() || options.val_fraction == 0), "[text] ",
@@ -211,7 +214,7 @@ class PackedSource final : public TextSource {
   }
 
   Batch make(const Row& row) const {
-    Batch batch{.B = 1, .T = 0, .ids = {}, .targets = {}, .cu_seqlens = {0}};
+    Batch batch{.B = 1, .T = 0, .ids = {}, .targets = {}, .cu_seqlens = {0}, .answers = {}};
     for (const Piece& piece : row) {
       append(batch, piece.begin, piece.count);
       batch.T += piece.count;

@@ -19,6 +19,10 @@ struct Batch {
   std::vector<int64_t> ids, targets;
   std::vector<int64_t> cu_seqlens;  // empty: B sequences of length T
 
+  // Where sources ask questions: 1 at targets that are answers (all of them scored), else 0;
+  // row-major [B,T]. The share of them that a model predicts is its recall. Empty: no questions.
+  std::vector<uint8_t> answers;
+
   // Targets that are scored. Means over several batches (validation, accumulation) weight each
   // batch by it.
   int64_t num_scored() const;
@@ -60,10 +64,11 @@ struct StoryDataOptions {
   int64_t batch_size = 32;
   int64_t seq_len = 128;
   uint64_t seed = 1337;
-  int64_t val_stories = 512;  // held out: no training story equals one of them
+  int64_t val_stories = 512;      // held out: no training story equals one of them
+  double text_fraction = 0.0625;  // of the tokens that are not answers, how many are scored
 };
 
-// The generated corpus of the demo (stories.h).
+// The generated corpus of the demo (stories.h), one story per row.
 std::unique_ptr<BatchSource> make_story_source(const StoryDataOptions& options);
 
 }  // namespace gdn
