@@ -2,6 +2,7 @@
 #include "gdn/ops/common.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
@@ -131,6 +132,8 @@ at::Tensor host_slots(const char* op, const std::optional<at::Tensor>& slots, in
   }
   return host;
 }
+
+at::Tensor like(const at::Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); }
 
 std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& t, at::ScalarType dtype) {
   if (!has(t)) return std::nullopt;

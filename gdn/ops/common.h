@@ -70,6 +70,14 @@ inline const void* data_or_null(const std::optional<at::Tensor>& t) {
 }
 inline bool has(const std::optional<at::Tensor>& t) { return t.has_value() && t->defined(); }
 
+inline std::optional<at::Tensor> given(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+// An uninitialised contiguous tensor with the sizes, which may be symbolic, and the options of `t`:
+// Meta's "as t".
+at::Tensor like(const at::Tensor& t);
+
 // Contiguous `t` of dtype `dtype`, or nothing.
 std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& t, at::ScalarType dtype);
 

@@ -135,8 +135,6 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd_cpu(const Tensor& dy, cons
 // --- Meta
 // ------------------------------------------------------------------------------------------------------------
 
-Tensor like(const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); }
-
 Tensor l2norm_meta(const Tensor& x, double) { return like(x); }
 Tensor l2norm_bwd_meta(const Tensor&, const Tensor& x, double) { return like(x); }
 Tensor rms_norm_meta(const Tensor& x, const Tensor&, double) { return like(x); }

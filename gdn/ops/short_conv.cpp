@@ -169,8 +169,6 @@ Tensor causal_conv1d_update_cpu(const Tensor& x, Tensor& conv_state, const Tenso
 // --- Meta
 // ------------------------------------------------------------------------------------------------------------
 
-Tensor like(const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); }
-
 Tensor like_or_empty(const optional<Tensor>& t, const Tensor& x) {
   return has(t) ? like(*t) : at::empty({0}, x.options());
 }
@@ -232,7 +230,6 @@ struct CausalConv1d : torch::autograd::Function<CausalConv1d> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
-    auto given = [](const Tensor& t) { return t.defined() ? optional<Tensor>(t) : std::nullopt; };
     variable_list out(7);
     if (!grads[0].defined() && !grads[1].defined()) return out;
     const auto activation = ctx->saved_data.find("activation");

@@ -40,6 +40,10 @@ CASES = [
     Case("causal_conv1d-packed", gdn.causal_conv1d,
          lambda: (normal(1, 7, 3), normal(3, 4), normal(3), normal(3, 3, 4), torch.tensor([0, 2, 2, 7])),
          {"output_final_state": True, "activation": "silu"}),
+    Case("gdn_gate", gdn.gdn_gate, lambda: (normal(2, 5, 3), normal(3), normal(3)), {}),
+    Case("kda_gate", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3), normal(12)), {}),
+    Case("kda_gate-safe", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3)), {"lower_bound": -5.0}),
+    Case("beta_sigmoid", gdn.beta_sigmoid, lambda: (normal(2, 5, 3),), {"allow_neg_eigval": True}),
 ]
 
 
