@@ -194,14 +194,20 @@ class Storyteller {
     values_of_[kPeopleInStory + thing].insert(people_[to]);
   }
 
-  // Asks for people and things of which something is known: in random order, first those whose last
-  // fact made an earlier one out of date.
+  // Asks for people and things of which something is known. First come those whose last fact made
+  // an earlier one out of date, and, in every other chapter, things, which the sentences name less
+  // often than people.
   void ask_questions() {
     std::vector<int32_t> keys = draw(rng_, 0, kKeysInStory, kKeysInStory);
     std::erase_if(keys, [this](int32_t key) { return values_of_[key].empty(); });
-    std::stable_partition(keys.begin(), keys.end(),
-                          [this](int32_t key) { return values_of_[key].size() > 1; });
+    const bool things_first = rng_.below(2) == 0;
+    const auto rank = [&](int32_t key) {
+      return (values_of_[key].size() > 1 ? 0 : 2) + (things_first && key < kPeopleInStory ? 1 : 0);
+    };
+    std::stable_sort(keys.begin(), keys.end(),
+                     [&](int32_t a, int32_t b) { return rank(a) < rank(b); });
     keys.resize(std::min<size_t>(keys.size(), kQuestionsInChapter));
+    for (size_t i = keys.size(); i > 1; --i) std::swap(keys[i - 1], keys[rng_.below(i)]);
     for (const int32_t key : keys) {
       if (key < kPeopleInStory) {
         ask(Question::kWhereIsPerson, {words_.where, words_.is, people_[key]}, place_of_[key]);
