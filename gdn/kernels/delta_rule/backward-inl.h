@@ -49,6 +49,7 @@ struct Backward {
     const auto range = delta_rule::sequence_range(x, n);
     const int64_t tokens = range.end - range.begin, segment = C * delta_rule::kSaveEvery;
     core.clear();
+    begin_ = range.begin;
     for (int64_t i = 0; i < group; ++i) {
       const T* last = static_cast<const T*>(grads.d_final_state);
       const int64_t task = n * x.HV + h * group + i;
@@ -107,6 +108,7 @@ struct Backward {
     core.load_state(start, state(i, 0));
     int64_t c = 0;
     for (int64_t t = begin; t + static_cast<int64_t>(L.C) < end; t += L.C, ++c) {
+      core.ahead.clear();
       core.load_keys(t, L.C, h);
       core.load_gate(t, L.C, hv);
       load_written(saved, t, L.C, hv);
@@ -157,6 +159,7 @@ struct Backward {
     std::fill_n(writeT, Kp * L.W * C, T(0));
     std::fill_n(d_end, Kp, T(0));
     std::fill_n(d_beta, C, T(0));
+    if (t > begin_) expect(saved, grads, t - C, C, hv);
     load_written(saved, t, count, hv);
     T* d_out = xdo + C * L.PW;
     if (grads.d_o != nullptr) {
@@ -174,6 +177,20 @@ struct Backward {
     gate_grads(grads, t, count, hv);
     add_scaled((2 * C - L.first) * Kp, d_bq + L.first * Kp, T(1), sum_bq + L.first * Kp);
     add_scaled(L.W * C * Kp, d_w, T(1), sum_w);
+  }
+
+  // What the chunk of n tokens from t, the one before this in the sequence, will touch.
+  void expect(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t n, int64_t hv) {
+    const auto& x = core.x;
+    const int64_t h = hv / core.L.group;
+    core.ahead.clear();
+    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, h);
+    for (const void* keys : {grads.dq, grads.dk, grads.da, grads.dp})
+      core.expect_keys(keys, t, n, h);
+    for (const void* values : {x.v, grads.d_o, static_cast<const void*>(grads.dv)}) {
+      core.expect_values(x.dtype, values, t, n, hv);
+    }
+    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
   }
 
   // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
@@ -199,9 +216,10 @@ struct Backward {
     transpose(2 * C - L.first, columns, x_do + L.first * PW, PW, xdoT + L.first, 2 * C);
     gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, x_do + L.first * PW, PW, valuesT, WC,
                             dZ + L.first * WC, WC);
-    gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC);
+    gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC,
+                            [this]() HWY_ATTR { core.ahead.one_row(); });
     gemm<Into::kAdd, false>(Kp, 2 * C - L.first, columns, s, PW, xdoT + L.first, 2 * C,
-                            readT + L.first, 2 * C);
+                            readT + L.first, 2 * C, [this]() HWY_ATTR { core.ahead.one_row(); });
 
     const Tag<T> d;
     const T* end = core.end_decay();
@@ -222,7 +240,8 @@ struct Backward {
     }
     if (!L.channel) d_end[0] += hn::GetLane(hn::SumOfLanes(d, total));
     gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
-                           x_do + L.first * PW, PW, ds, PW);
+                           x_do + L.first * PW, PW, ds, PW,
+                           [this]() HWY_ATTR { core.ahead.one_row(); });
   }
 
   // dv and dbeta's part of it, from the gradient of what was written.
@@ -417,6 +436,7 @@ struct Backward {
   }
 
   Core<T> core;
+  int64_t begin_ = 0;      // first token of the sequence
   T *states, *d_state;     // [group][kSaveEvery] states of a segment; [group]
   T *values, *valuesT;     // [W C][PW], [PW][W C]: what the chunk wrote
   T* d_values;             // [W C][PW]

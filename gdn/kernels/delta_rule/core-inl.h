@@ -14,6 +14,7 @@
 #include "gdn/kernels/delta_rule/common.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -91,6 +92,36 @@ class Carver {
  private:
   uint8_t* base_;
   size_t used_ = 0;
+};
+
+// Rows that the next chunk will load or store, brought near one by one between the products of this
+// chunk: they lie a page apart in memory, where no hardware prefetcher follows.
+class Prefetcher {
+ public:
+  void clear() { tensors_ = next_ = rows_ = 0; }
+  // Rows `row`, row + stride, ... (elements of `size` bytes, `width` of them wanted) for `rows`
+  // tokens.
+  void add(const void* src, int64_t size, int64_t row, int64_t stride, int64_t width, size_t rows) {
+    if (src == nullptr || tensors_ == kMaxTensors) return;
+    list_[tensors_++] = {static_cast<const char*>(src) + row * size, stride * size, width * size};
+    rows_ = rows;
+  }
+  HWY_INLINE void one_row() {
+    if (next_ >= tensors_ * rows_) return;
+    const Rows& tensor = list_[next_ % tensors_];
+    const char* row = tensor.first + static_cast<int64_t>(next_ / tensors_) * tensor.stride;
+    for (int64_t i = 0; i < tensor.bytes; i += 64) hwy::Prefetch(row + i);
+    ++next_;
+  }
+
+ private:
+  struct Rows {
+    const char* first;
+    int64_t stride, bytes;
+  };
+  static constexpr size_t kMaxTensors = 12;
+  Rows list_[kMaxTensors];
+  size_t tensors_ = 0, rows_ = 0, next_ = 0;
 };
 
 // Sizes after padding. Keys are padded to whole vectors and register tiles; values are cut into
@@ -397,8 +428,16 @@ struct Core {
     }
   }
 
+  // Announces rows [t0, t0 + n) of a key tensor or of a value tensor (dtype) to the prefetcher.
+  void expect_keys(const void* src, int64_t t0, size_t n, int64_t h) {
+    ahead.add(src, size_of(x.dtype), (t0 * x.H + h) * x.K, x.H * x.K, x.K, n);
+  }
+  void expect_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv) {
+    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V, x.HV * x.V, x.V, n);
+  }
+
   // next = E_n * state + (w Eh)^T values, one panel; next may be state.
-  void advance_state(size_t p, const T* values, const T* state, T* next) const {
+  void advance_state(size_t p, const T* values, const T* state, T* next) {
     const size_t columns = L.columns(p);
     const Tag<T> d;
     const T* end = end_decay();
@@ -408,11 +447,13 @@ struct Core {
         hn::Store(hn::Mul(f, hn::Load(d, state + i * L.PW + j)), d, next + i * L.PW + j);
       }
     }
-    gemm<Into::kAdd, true>(L.Kp, columns, L.W * L.C, wEh, L.Kp, values, L.PW, next, L.PW);
+    gemm<Into::kAdd, true>(L.Kp, columns, L.W * L.C, wEh, L.Kp, values, L.PW, next, L.PW,
+                           [this]() HWY_ATTR { ahead.one_row(); });
   }
 
   const DeltaRuleParams& x;
   const Layout<T> L;
+  Prefetcher ahead;
   T* bq;          // [2C][Kp] erase keys, then queries
   T *w, *wT;      // [W][C][Kp] write keys (merged with a = k: the erase keys), [Kp][C] one of them
                   // transposed

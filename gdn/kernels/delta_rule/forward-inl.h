@@ -45,6 +45,7 @@ struct Forward {
       core.load_gate(t, count, hv);
       core.decay_readers();
       core.scores();
+      expect(out, saved_values, t + C, std::min<int64_t>(C, range.end - t - C), hv);
       const bool last = t + C >= range.end && out.final_state == nullptr;
       const size_t read_stride = 2 * C * L.PW, value_stride = L.W * C * L.PW;
       core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr,
@@ -66,13 +67,28 @@ struct Forward {
     }
   }
 
+  // What the next chunk, of n tokens from t, will touch.
+  void expect(const DeltaRuleOutputs& out, const T* saved_values, int64_t t, int64_t n,
+              int64_t hv) {
+    const auto& x = core.x;
+    core.ahead.clear();
+    if (n <= 0) return;
+    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
+    core.expect_values(x.dtype, x.v, t, n, hv);
+    core.expect_values(x.dtype, out.o, t, n, hv);
+    core.expect_values(kDTypeOf<T>, saved_values, t, n, hv);
+  }
+
   // On entry `value` holds beta v, or V in its second half (separate form); on return U, and V
   // behind it. The second half of `read` becomes O.
   void panel(size_t p, T* read, T* value) {
     const auto& L = core.L;
     const size_t C = L.C, PW = L.PW, columns = L.columns(p), ld = L.W * C;
     gemm<Into::kSet, false>(2 * C - L.first, columns, L.Kp, core.bqE + L.first * L.Kp, L.Kp,
-                            state + p * L.Kp * PW, PW, read + L.first * PW, PW);
+                            state + p * L.Kp * PW, PW, read + L.first * PW, PW, [this]() HWY_ATTR {
+                              core.ahead.one_row();
+                              core.ahead.one_row();
+                            });
     if (core.x.erase == DeltaErase::kSeparate) {
       std::copy_n(read, C * PW, value);
       gemm_lower(C, columns, core.Z + C, ld, value + C * PW, PW, value, PW);

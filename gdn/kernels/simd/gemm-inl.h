@@ -66,10 +66,15 @@ HWY_INLINE void gemm_tile(size_t k, const T* HWY_RESTRICT a, size_t lda, const T
   }
 }
 
-// C[m,n] = or += op(A) B, where op(A) is A[m,k] or the transpose of A[k,m].
-template <Into kInto, bool kTransA, typename T>
+struct NoWork {
+  HWY_INLINE void operator()() const {}
+};
+
+// C[m,n] = or += op(A) B, where op(A) is A[m,k] or the transpose of A[k,m]. `between` is called
+// after each register tile: the place for a few prefetches.
+template <Into kInto, bool kTransA, typename T, typename Between = NoWork>
 HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const T* b, size_t ldb,
-                     T* c, size_t ldc) {
+                     T* c, size_t ldc, Between between = Between()) {
   const size_t step = lanes<T>();
   const size_t a_row = kTransA ? 1 : lda;
   size_t j = 0;
@@ -78,6 +83,7 @@ HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const
     for (; i + kTileRows <= m; i += kTileRows) {
       gemm_tile<kTileRows, 2, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j,
                                               ldc);
+      between();
     }
     for (; i < m; ++i) {
       gemm_tile<1, 2, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j, ldc);
@@ -88,6 +94,7 @@ HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const
     for (; i + kTileRows <= m; i += kTileRows) {
       gemm_tile<kTileRows, 1, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j,
                                               ldc);
+      between();
     }
     for (; i < m; ++i) {
       gemm_tile<1, 1, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j, ldc);
