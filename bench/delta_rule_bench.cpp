@@ -153,10 +153,13 @@ void add_all() {
     add(std::string("forward_backward/") + name, forward_backward, shape);
   }
   for (const int chunk : {16, 32, 64}) {
-    Shape shape = shapes[0].second;
-    shape.chunk_size = chunk;
-    add("forward/chunk" + std::to_string(chunk), forward, shape);
-    add("forward_backward/chunk" + std::to_string(chunk), forward_backward, shape);
+    for (const auto& [name, base] : {shapes[0], shapes[3], shapes[4]}) {
+      Shape shape = base;
+      shape.chunk_size = chunk;
+      const std::string suffix = "chunk" + std::to_string(chunk) + "_" + name;
+      add("forward/" + suffix, forward, shape);
+      add("forward_backward/" + suffix, forward_backward, shape);
+    }
   }
   const char* gates[] = {"none", "scalar", "channel"};
   const char* erases[] = {"none", "key", "own", "separate"};

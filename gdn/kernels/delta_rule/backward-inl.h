@@ -66,7 +66,7 @@ struct Backward {
           start =
               static_cast<const T*>(saved) + saved_offset + (hv * (segments - 1) + s - 1) * size;
         }
-        recompute_states(start, static_cast<const T*>(saved), begin, end, h, i);
+        recompute_states(start, static_cast<const T*>(saved), grads, begin, end, h, i);
       }
       for (int64_t c = (end - begin - 1) / C; c >= 0; --c) {
         chunk(static_cast<const T*>(saved), grads, begin + c * C, std::min(C, end - begin - c * C),
@@ -101,14 +101,19 @@ struct Backward {
     }
   }
 
-  void recompute_states(const T* start, const T* saved, int64_t begin, int64_t end, int64_t h,
-                        int64_t i) {
+  void recompute_states(const T* start, const T* saved, const DeltaRuleGrads& grads, int64_t begin,
+                        int64_t end, int64_t h, int64_t i) {
     const auto& L = core.L;
     const int64_t hv = h * L.group + i;
     core.load_state(start, state(i, 0));
     int64_t c = 0;
     for (int64_t t = begin; t + static_cast<int64_t>(L.C) < end; t += L.C, ++c) {
-      core.ahead.clear();
+      const int64_t next = t + L.C, left = end - next;
+      if (left > static_cast<int64_t>(L.C)) {
+        expect_recompute(saved, next, L.C, hv);
+      } else {
+        expect(saved, grads, next, left, hv);
+      }
       core.load_keys(t, L.C, h);
       core.load_gate(t, L.C, hv);
       load_written(saved, t, L.C, hv);
@@ -159,7 +164,11 @@ struct Backward {
     std::fill_n(writeT, Kp * L.W * C, T(0));
     std::fill_n(d_end, Kp, T(0));
     std::fill_n(d_beta, C, T(0));
-    if (t > begin_) expect(saved, grads, t - C, C, hv);
+    if (t > begin_) {
+      expect(saved, grads, t - C, C, hv);
+    } else if (hv + 1 < x.HV) {
+      expect_recompute(saved, begin_, count, hv + 1);
+    }
     load_written(saved, t, count, hv);
     T* d_out = xdo + C * L.PW;
     if (grads.d_o != nullptr) {
@@ -191,6 +200,19 @@ struct Backward {
       core.expect_values(x.dtype, values, t, n, hv);
     }
     if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
+    const auto& L = core.L;
+    core.ahead.spread(
+        std::max<size_t>(1, L.panels * L.Kp * (2 + 3 * L.W * L.C / L.PW) / kTileRows));
+  }
+
+  // What recomputing the state after the chunk of n tokens from t will touch.
+  void expect_recompute(const T* saved, int64_t t, size_t n, int64_t hv) {
+    const auto& x = core.x;
+    core.ahead.clear();
+    for (const void* keys : {x.k, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
+    core.expect_values(x.dtype, x.v, t, n, hv);
+    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
+    core.ahead.spread(core.L.panels * core.L.Kp / kTileRows);
   }
 
   // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
@@ -217,9 +239,9 @@ struct Backward {
     gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, x_do + L.first * PW, PW, valuesT, WC,
                             dZ + L.first * WC, WC);
     gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC,
-                            [this]() HWY_ATTR { core.ahead.one_row(); });
+                            [this]() HWY_ATTR { core.ahead.some_rows(); });
     gemm<Into::kAdd, false>(Kp, 2 * C - L.first, columns, s, PW, xdoT + L.first, 2 * C,
-                            readT + L.first, 2 * C, [this]() HWY_ATTR { core.ahead.one_row(); });
+                            readT + L.first, 2 * C, [this]() HWY_ATTR { core.ahead.some_rows(); });
 
     const Tag<T> d;
     const T* end = core.end_decay();
@@ -241,7 +263,7 @@ struct Backward {
     if (!L.channel) d_end[0] += hn::GetLane(hn::SumOfLanes(d, total));
     gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
                            x_do + L.first * PW, PW, ds, PW,
-                           [this]() HWY_ATTR { core.ahead.one_row(); });
+                           [this]() HWY_ATTR { core.ahead.some_rows(); });
   }
 
   // dv and dbeta's part of it, from the gradient of what was written.

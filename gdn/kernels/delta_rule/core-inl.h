@@ -94,24 +94,28 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Rows that the next chunk will load or store, brought near one by one between the products of this
-// chunk: they lie a page apart in memory, where no hardware prefetcher follows.
+// Rows that the next chunk will load or store, brought near a few at a time between the products of
+// this chunk: they lie a page apart in memory, where no hardware prefetcher follows.
 class Prefetcher {
  public:
   void clear() { tensors_ = next_ = rows_ = 0; }
-  // Rows `row`, row + stride, ... (elements of `size` bytes, `width` of them wanted) for `rows`
-  // tokens.
-  void add(const void* src, int64_t size, int64_t row, int64_t stride, int64_t width, size_t rows) {
+  // `width` elements of `size` bytes from `first` on, and again every `stride` elements: `rows`
+  // rows.
+  void add(const void* src, int64_t size, int64_t first, int64_t stride, int64_t width,
+           size_t rows) {
     if (src == nullptr || tensors_ == kMaxTensors) return;
-    list_[tensors_++] = {static_cast<const char*>(src) + row * size, stride * size, width * size};
+    list_[tensors_++] = {static_cast<const char*>(src) + first * size, stride * size, width * size};
     rows_ = rows;
   }
-  HWY_INLINE void one_row() {
-    if (next_ >= tensors_ * rows_) return;
-    const Rows& tensor = list_[next_ % tensors_];
-    const char* row = tensor.first + static_cast<int64_t>(next_ / tensors_) * tensor.stride;
-    for (int64_t i = 0; i < tensor.bytes; i += 64) hwy::Prefetch(row + i);
-    ++next_;
+  // Spreads what was added over `calls` calls of some_rows.
+  void spread(size_t calls) { burst_ = (tensors_ * rows_ + calls - 1) / calls; }
+  HWY_INLINE void some_rows() {
+    const size_t end = std::min(next_ + burst_, tensors_ * rows_);
+    for (; next_ < end; ++next_) {
+      const Rows& tensor = list_[next_ % tensors_];
+      const char* row = tensor.first + static_cast<int64_t>(next_ / tensors_) * tensor.stride;
+      for (int64_t i = 0; i < tensor.bytes; i += 64) hwy::Prefetch(row + i);
+    }
   }
 
  private:
@@ -121,7 +125,7 @@ class Prefetcher {
   };
   static constexpr size_t kMaxTensors = 12;
   Rows list_[kMaxTensors];
-  size_t tensors_ = 0, rows_ = 0, next_ = 0;
+  size_t tensors_ = 0, rows_ = 0, next_ = 0, burst_ = 1;
 };
 
 // Sizes after padding. Keys are padded to whole vectors and register tiles; values are cut into
@@ -238,25 +242,48 @@ struct Core {
     }
     // Products of factors <= 1 rather than exponentials of sums: nothing can overflow, and a token
     // that forgets all (g = -1e5) does not cost the tokens after it their digits.
-    std::fill_n(E, width, T(1));
-    std::fill_n(Eh + (C - 1) * width, width, T(1));
-    for (size_t i = 0; i < C; ++i) {
-      for (size_t j = 0; j < width; ++j)
-        E[(i + 1) * width + j] = E[i * width + j] * e[i * width + j];
-    }
-    for (size_t i = C - 1; i > 0; --i) {
-      for (size_t j = 0; j < width; ++j) {
-        Eh[(i - 1) * width + j] = Eh[i * width + j] * e[i * width + j];
-      }
-    }
-    if (!L.channel) {
-      for (size_t i = 0; i < C; ++i) {
-        for (size_t j = 0; j < i; ++j) D[i * C + j] = D[(i - 1) * C + j] * e[i];
-        D[i * C + i] = T(1);
-      }
+    if (L.channel) {
+      channel_tables();
+    } else {
+      scalar_tables();
     }
     for (size_t s = 0; s < L.W; ++s) {
       scale_rows<T>(C, Kp, w + s * C * Kp, Eh, L.channel, nullptr, wEh + s * C * Kp);
+    }
+  }
+
+  void scalar_tables() {
+    const size_t C = L.C;
+    const Tag<T> d;
+    T product = E[0] = T(1);
+    for (size_t i = 0; i < C; ++i) E[i + 1] = product *= e[i];
+    product = Eh[C - 1] = T(1);
+    for (size_t i = C - 1; i > 0; --i) Eh[i - 1] = product *= e[i];
+    D[0] = T(1);  // above the diagonal D stays as clear() left it
+    for (size_t i = 1; i < C; ++i) {
+      const auto factor = hn::Set(d, e[i]);
+      for (size_t j = 0; j < C; j += hn::Lanes(d)) {
+        hn::Store(hn::Mul(factor, hn::Load(d, D + (i - 1) * C + j)), d, D + i * C + j);
+      }
+      D[i * C + i] = T(1);
+    }
+  }
+  void channel_tables() {
+    const size_t C = L.C, Kp = L.Kp;
+    const Tag<T> d;
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      auto product = hn::Set(d, T(1));
+      hn::Store(product, d, E + c);
+      hn::Store(product, d, Eh + (C - 1) * Kp + c);
+      for (size_t i = 0; i < C; ++i) {
+        product = hn::Mul(product, hn::Load(d, e + i * Kp + c));
+        hn::Store(product, d, E + (i + 1) * Kp + c);
+      }
+      product = hn::Set(d, T(1));
+      for (size_t i = C - 1; i > 0; --i) {
+        product = hn::Mul(product, hn::Load(d, e + i * Kp + c));
+        hn::Store(product, d, Eh + (i - 1) * Kp + c);
+      }
     }
   }
 
@@ -448,7 +475,7 @@ struct Core {
       }
     }
     gemm<Into::kAdd, true>(L.Kp, columns, L.W * L.C, wEh, L.Kp, values, L.PW, next, L.PW,
-                           [this]() HWY_ATTR { ahead.one_row(); });
+                           [this]() HWY_ATTR { ahead.some_rows(); });
   }
 
   const DeltaRuleParams& x;

@@ -45,7 +45,11 @@ struct Forward {
       core.load_gate(t, count, hv);
       core.decay_readers();
       core.scores();
-      expect(out, saved_values, t + C, std::min<int64_t>(C, range.end - t - C), hv);
+      if (t + C < range.end) {
+        expect(out, saved_values, t + C, std::min(C, range.end - t - C), hv);
+      } else if (hv + 1 < x.HV) {  // most likely this thread's next task
+        expect(out, saved_values, range.begin, std::min(C, range.end - range.begin), hv + 1);
+      }
       const bool last = t + C >= range.end && out.final_state == nullptr;
       const size_t read_stride = 2 * C * L.PW, value_stride = L.W * C * L.PW;
       core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr,
@@ -72,11 +76,12 @@ struct Forward {
               int64_t hv) {
     const auto& x = core.x;
     core.ahead.clear();
-    if (n <= 0) return;
     for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
     core.expect_values(x.dtype, x.v, t, n, hv);
     core.expect_values(x.dtype, out.o, t, n, hv);
     core.expect_values(kDTypeOf<T>, saved_values, t, n, hv);
+    const auto& L = core.L;
+    core.ahead.spread(L.panels * (2 * L.C - L.first + L.Kp) / kTileRows);
   }
 
   // On entry `value` holds beta v, or V in its second half (separate form); on return U, and V
@@ -85,10 +90,8 @@ struct Forward {
     const auto& L = core.L;
     const size_t C = L.C, PW = L.PW, columns = L.columns(p), ld = L.W * C;
     gemm<Into::kSet, false>(2 * C - L.first, columns, L.Kp, core.bqE + L.first * L.Kp, L.Kp,
-                            state + p * L.Kp * PW, PW, read + L.first * PW, PW, [this]() HWY_ATTR {
-                              core.ahead.one_row();
-                              core.ahead.one_row();
-                            });
+                            state + p * L.Kp * PW, PW, read + L.first * PW, PW,
+                            [this]() HWY_ATTR { core.ahead.some_rows(); });
     if (core.x.erase == DeltaErase::kSeparate) {
       std::copy_n(read, C * PW, value);
       gemm_lower(C, columns, core.Z + C, ld, value + C * PW, PW, value, PW);
