@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunk form, forward and backward, against the oracle.
 #include "gdn/base/parallel.h"
+#include "hwy/targets.h"
 #include "tests/kernels/delta_rule_problem.h"
 
 namespace gdn::delta_rule_test {
@@ -55,6 +56,37 @@ TEST(DeltaRuleChunk, EveryMemberInFloat) {
       }
     }
   }
+}
+
+// Every instruction set this machine has runs the same cases.
+TEST(DeltaRuleChunk, EveryInstructionSet) {
+  const int64_t supported = hwy::SupportedTargets();
+  for (const int64_t target : {int64_t{HWY_AVX3}, int64_t{HWY_AVX2}, int64_t{HWY_STATIC_TARGET}}) {
+    if (target != HWY_STATIC_TARGET && (supported & target) == 0) continue;
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().DeInit();
+    for (const DeltaGate gate : {DeltaGate::kScalar, DeltaGate::kChannel}) {
+      for (const DeltaErase erase : {DeltaErase::kKey, DeltaErase::kSeparate}) {
+        for (const DType dtype : {DType::kF64, DType::kF32, DType::kF16}) {
+          Case c;
+          c.gate = gate;
+          c.erase = erase;
+          c.dtype = dtype;
+          c.K = 20;
+          c.V = 21;
+          c.lengths = {40, 3};
+          c.chunk_size = 32;
+          check(c, dtype == DType::kF64 ? 1e-10 : dtype == DType::kF32 ? 2e-5 : 6e-4);
+        }
+      }
+    }
+    Problem problem{Case()};
+    Results r = problem.poisoned();
+    delta_rule_recurrent_forward(problem.params, {r.o.data(), r.final_state.data(), nullptr});
+    EXPECT_LE(relative_error(r.o, problem.naive().o), 1e-13) << target;
+  }
+  hwy::SetSupportedTargetsForTest(0);  // back to what the machine has
+  hwy::GetChosenTarget().DeInit();
 }
 
 TEST(DeltaRuleChunk, HalfPrecisionStorage) {

@@ -19,7 +19,8 @@ struct Backward {
   Backward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W;
-    states = carve.take<T>(L.group * delta_rule::kSaveEvery * L.state_size());
+    per_segment = delta_rule::kSegment / C;
+    states = carve.take<T>(L.group * per_segment * L.state_size());
     d_state = carve.take<T>(L.group * L.state_size());
     values = carve.take<T>(L.panels * W * C * PW);
     valuesT = carve.take<T>(PW * W * C);
@@ -47,7 +48,8 @@ struct Backward {
     const auto& L = core.L;
     const int64_t C = L.C, group = L.group, size = x.K * x.V;
     const auto range = delta_rule::sequence_range(x, n);
-    const int64_t tokens = range.end - range.begin, segment = C * delta_rule::kSaveEvery;
+    const int64_t tokens = range.end - range.begin;
+    constexpr int64_t segment = delta_rule::kSegment;
     core.clear();
     begin_ = range.begin;
     for (int64_t i = 0; i < group; ++i) {
@@ -81,9 +83,7 @@ struct Backward {
     }
   }
 
-  T* state(int64_t i, int64_t c) {
-    return states + (i * delta_rule::kSaveEvery + c) * core.L.state_size();
-  }
+  T* state(int64_t i, int64_t c) { return states + (i * per_segment + c) * core.L.state_size(); }
 
   // The values the chunk wrote: U as forward saved it (or beta v), and V behind it in the separate
   // form.
@@ -459,7 +459,8 @@ struct Backward {
 
   Core<T> core;
   int64_t begin_ = 0;      // first token of the sequence
-  T *states, *d_state;     // [group][kSaveEvery] states of a segment; [group]
+  int64_t per_segment;     // chunks per segment
+  T *states, *d_state;     // [group][per_segment] states of a segment; [group]
   T *values, *valuesT;     // [W C][PW], [PW][W C]: what the chunk wrote
   T* d_values;             // [W C][PW]
   T *xdo, *xdoT;           // [2C][PW]: X and dO, [PW][2C]

@@ -24,20 +24,18 @@ inline bool has_a(DeltaErase erase) {
   return erase == DeltaErase::kOwn || erase == DeltaErase::kSeparate;
 }
 
-// Tokens per chunk.
+// Tokens per chunk. The measurements behind the automatic choice are in README.md.
 inline int64_t chunk_size(const DeltaRuleParams& p) {
-  return p.chunk_size != 0 ? p.chunk_size : 32;
+  if (p.chunk_size != 0) return p.chunk_size;
+  return p.K <= 64 && p.V <= 64 ? 16 : 32;
 }
 
-// `saved` holds the solved values U [T_total,HV,V] (none without an erase), then the state at the
-// start of every kSaveEvery-th chunk but the first of each sequence, [sequence][value
-// head][index][K,V]; backward recomputes the states between.
-inline constexpr int64_t kSaveEvery = 4;
+// `saved` holds the solved values U [T_total,HV,V] (none without an erase), then the state at every
+// kSegment-th token but the first of each sequence, [sequence][value head][index][K,V]; backward
+// recomputes the states between.
+inline constexpr int64_t kSegment = 128;
 
-inline int64_t saved_states(const DeltaRuleParams& p, int64_t tokens) {
-  const int64_t segment = kSaveEvery * chunk_size(p);
-  return tokens == 0 ? 0 : (tokens - 1) / segment;
-}
+inline int64_t saved_states(int64_t tokens) { return tokens == 0 ? 0 : (tokens - 1) / kSegment; }
 inline int64_t saved_values_size(const DeltaRuleParams& p) {
   return p.erase == DeltaErase::kNone ? 0 : p.total_tokens * p.HV * p.V;
 }
@@ -46,7 +44,7 @@ inline std::vector<int64_t> saved_offsets(const DeltaRuleParams& p) {
   std::vector<int64_t> offsets(p.num_sequences + 1, saved_values_size(p));
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const auto range = sequence_range(p, n);
-    offsets[n + 1] = offsets[n] + saved_states(p, range.end - range.begin) * p.HV * p.K * p.V;
+    offsets[n + 1] = offsets[n] + saved_states(range.end - range.begin) * p.HV * p.K * p.V;
   }
   return offsets;
 }

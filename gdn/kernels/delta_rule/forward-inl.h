@@ -28,18 +28,18 @@ struct Forward {
     const auto& L = core.L;
     const int64_t C = L.C, task = n * x.HV + hv, size = x.K * x.V;
     const auto range = delta_rule::sequence_range(x, n);
-    const int64_t states = delta_rule::saved_states(x, range.end - range.begin);
+    const int64_t states = delta_rule::saved_states(range.end - range.begin);
     T* saved_values = x.erase == DeltaErase::kNone ? nullptr : static_cast<T*>(out.saved);
     T* saved = static_cast<T*>(out.saved);
     if (saved != nullptr) saved += saved_offset + hv * states * size;
     const T* initial = static_cast<const T*>(x.initial_state);
     core.load_state(initial != nullptr ? initial + task * size : nullptr, state);
     core.clear();
-    int64_t chunk = 0;
-    for (int64_t t = range.begin; t < range.end; t += C, ++chunk) {
+    for (int64_t t = range.begin; t < range.end; t += C) {
       const size_t count = std::min(C, range.end - t);
-      if (saved != nullptr && chunk > 0 && chunk % delta_rule::kSaveEvery == 0) {
-        core.store_state(state, saved + (chunk / delta_rule::kSaveEvery - 1) * size);
+      const int64_t done = t - range.begin;
+      if (saved != nullptr && done > 0 && done % delta_rule::kSegment == 0) {
+        core.store_state(state, saved + (done / delta_rule::kSegment - 1) * size);
       }
       core.load_keys(t, count, hv / L.group);
       core.load_gate(t, count, hv);
