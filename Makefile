@@ -40,7 +40,9 @@ test-all: setup $(BUILD)/build.ninja  ## the same with the slow tests, and the m
 bench: setup  ## build and run the kernel benchmarks
 	cmake --preset release -DGDN_BENCH=ON
 	$(call NINJA,$(BUILD))
-	scripts/bench.sh $(BUILD)
+	@for program in $(BUILD)/bench/bench_*; do echo "== $$program"; $$program || exit 1; done
+	@if $(PYTHON) -c 'import transformers' 2>/dev/null; then $(PYTHON) bench/peers.py; \
+	  else echo "bench/peers.py compares with transformers: .venv/bin/pip install transformers"; fi
 
 asan: setup  ## AddressSanitizer and UBSan: torch-free kernels, parsers, short fuzzing
 	cmake --preset asan

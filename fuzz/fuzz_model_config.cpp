@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Any config.json is refused by gdn::Error or read; what was read is written so that reading gives it back.
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+
+#include "gdn/base/check.h"
+#include "gdn/model/config.h"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const nlohmann::json json = nlohmann::json::parse(data, data + size, nullptr, /*allow_exceptions=*/false);
+  if (json.is_discarded()) return 0;
+  gdn::ModelConfig config;
+  try {
+    config = gdn::model_config_from_json(json);
+    config.validate();
+  } catch (const gdn::Error&) {
+    return 0;
+  }
+  if (gdn::model_config_from_json(gdn::to_json(config)) != config) std::abort();
+  return 0;
+}
