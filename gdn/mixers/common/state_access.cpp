@@ -3,6 +3,7 @@
 
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/min.h>
+#include <ATen/ops/nonzero.h>
 #include <c10/core/GradMode.h>
 
 #include "gdn/base/check.h"
@@ -41,7 +42,9 @@ StateAccess::StateAccess(const char* mixer, const at::Tensor& x, const Context& 
 
 at::Tensor StateAccess::read(const char* name) const {
   const at::Tensor& entry = (*ctx_.state)[name];
-  return slots_.defined() ? at::index_select(entry, 0, slots_.to(entry.device())) : entry;
+  if (!slots_.defined()) return entry;
+  // A negative slot's row is read like another one and not written.
+  return at::index_select(entry, 0, slots_.clamp_min(0).to(entry.device()));
 }
 
 void StateAccess::write(const char* name, const at::Tensor& rows) {
@@ -49,7 +52,9 @@ void StateAccess::write(const char* name, const at::Tensor& rows) {
   if (with_grad_) {
     ctx_.state->set(name, rows);
   } else if (slots_.defined()) {
-    entry.index_copy_(0, slots_.to(entry.device()), rows.to(entry.scalar_type()));
+    const at::Tensor used = at::nonzero(slots_ >= 0).squeeze(1);
+    entry.index_copy_(0, slots_.index_select(0, used).to(entry.device()),
+                      rows.index_select(0, used.to(rows.device())).to(entry.scalar_type()));
   } else {
     entry.copy_(rows);
   }
