@@ -119,16 +119,20 @@ HWY_INLINE void store_as(D d, V v, Float16* p) {
 #endif
 }
 
-// Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged model looks healthy.
+// exp(x) for x up to 80. Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged
+// model looks healthy. Far above 80 it returns garbage instead of infinity, so callers keep their
+// arguments small.
 template <class D, class V>
 HWY_INLINE V exp_of(D d, V x) {
   return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
 }
 
+// By exp(-|x|), which cannot overflow and keeps the relative precision of small results.
 template <class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
   const auto one = hn::Set(d, 1);
-  return hn::Div(one, hn::Add(one, exp_of(d, hn::Neg(x))));
+  const auto e = exp_of(d, hn::Neg(hn::Abs(x)));
+  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
 // log(1 + exp(x)); x itself above 20, as in PyTorch.

@@ -195,6 +195,7 @@ TEST(Gate, IsNeverPositiveAndExtremesStayFinite) {
     EXPECT_TRUE(std::isfinite(g[i]) && std::isfinite(da[i])) << i;
   }
   EXPECT_EQ(g[0], 0);
+  EXPECT_EQ(da[0], 0);
   EXPECT_FLOAT_EQ(g[4], -1e4f * std::exp(2.7f));
 }
 

@@ -44,6 +44,10 @@ CASES = [
     Case("kda_gate", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3), normal(12)), {}),
     Case("kda_gate-safe", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3)), {"lower_bound": -5.0}),
     Case("beta_sigmoid", gdn.beta_sigmoid, lambda: (normal(2, 5, 3),), {"allow_neg_eigval": True}),
+    Case("cross_entropy", gdn.cross_entropy,
+         lambda: (normal(2, 3, 5), torch.tensor([[0, 4, -100], [2, 2, 1]])), {}),
+    Case("swiglu", gdn.swiglu, lambda: (normal(2, 3, 5), normal(2, 3, 5)), {}),
+    Case("rotary", gdn.rotary, lambda: (normal(2, 3, 2, 6), torch.arange(3)), {"rotary_dim": 4}),
 ]
 
 

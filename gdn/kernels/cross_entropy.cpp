@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "gdn/kernels/cross_entropy.cpp"
+// clang-format off
+#include "hwy/foreach_target.h"  // must precede highway.h
+// clang-format on
+#include "gdn/kernels/cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "gdn/base/check.h"
+#include "gdn/base/parallel.h"
+#include "gdn/kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+Acc<T> maximum(const T* x, int64_t n) {
+  using A = Acc<T>;
+  const hn::ScalableTag<A> d;
+  const int64_t lanes = hn::Lanes(d);
+  const A lowest = -std::numeric_limits<A>::infinity();
+  auto m0 = hn::Set(d, lowest), m1 = m0;
+  int64_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    m0 = hn::Max(m0, load_as(d, x + i));
+    m1 = hn::Max(m1, load_as(d, x + i + lanes));
+  }
+  A m = hn::GetLane(hn::MaxOfLanes(d, hn::Max(m0, m1)));
+  for (; i < n; ++i) m = std::max(m, load(x + i));
+  return m;
+}
+
+template <typename T>
+void forward(const CrossEntropyParams& p, Acc<T>* loss, Acc<T>* logsumexp) {
+  using A = Acc<T>;
+  parallel_for(0, p.rows, row_grain(4 * p.vocab), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
+      const A m = maximum(x, p.vocab);
+      const A sum = sum_lanes<A>(p.vocab, [&](auto d, int64_t i) HWY_ATTR {
+        return exp_of(d, hn::Sub(load_as(d, x + i), hn::Set(d, m)));
+      });
+      const A log = std::log(sum);
+      logsumexp[row] = m + log;
+      const int64_t target = p.targets[row];
+      // (m - x[target]) first: it is exact where it matters, m + log may have lost what the loss is
+      // made of.
+      loss[row] = target == p.ignore_index ? A{0} : (m - load(x + target)) + log;
+    }
+  });
+}
+
+template <typename T>
+void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>* dloss,
+              T* dlogits) {
+  using A = Acc<T>;
+  parallel_for(0, p.rows, row_grain(4 * p.vocab), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      T* dx = dlogits + row * p.vocab;
+      const int64_t target = p.targets[row];
+      if (target == p.ignore_index) {
+        std::fill(dx, dx + p.vocab, T{});
+        continue;
+      }
+      const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
+      const A lse = logsumexp[row], scale = dloss[row];
+      const A at_target = (std::exp(load(x + target) - lse) - 1) * scale;
+      for_lanes<A>(p.vocab, [&](auto d, int64_t i) HWY_ATTR {
+        const auto softmax = exp_of(d, hn::Sub(load_as(d, x + i), hn::Set(d, lse)));
+        store_as(d, hn::Mul(softmax, hn::Set(d, scale)), dx + i);
+      });
+      store(dx + target, at_target);
+    }
+  });
+}
+
+void cross_entropy_forward_any(const CrossEntropyParams& p, void* loss, void* logsumexp) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using A = Acc<decltype(t)>;
+    forward<decltype(t)>(p, static_cast<A*>(loss), static_cast<A*>(logsumexp));
+  });
+}
+
+void cross_entropy_backward_any(const CrossEntropyParams& p, const void* logsumexp,
+                                const void* dloss, void* dlogits) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    backward<T>(p, static_cast<const A*>(logsumexp), static_cast<const A*>(dloss),
+                static_cast<T*>(dlogits));
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gdn {
+
+HWY_EXPORT(cross_entropy_forward_any);
+HWY_EXPORT(cross_entropy_backward_any);
+
+namespace {
+
+void check(const CrossEntropyParams& p) {
+  GDN_CHECK(p.rows >= 0 && p.vocab >= 1,
+            "[cross_entropy] the vocabulary must have at least 1 entry, got ", p.vocab);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t target = p.targets[row];
+    GDN_CHECK((target >= 0 && target < p.vocab) || target == p.ignore_index,
+              "[cross_entropy] targets must be in [0, ", p.vocab, ") or ignore_index (",
+              p.ignore_index, "), got ", target, " in row ", row);
+  }
+}
+
+double at(const CrossEntropyParams& p, int64_t row, int64_t i) {
+  return dispatch_dtype(p.dtype, [&](auto t) -> double {
+    return load(static_cast<const decltype(t)*>(p.logits) + p.logits_layout.offset(row, p.vocab) +
+                i);
+  });
+}
+
+double naive_logsumexp(const CrossEntropyParams& p, int64_t row) {
+  double m = at(p, row, 0), sum = 0;
+  for (int64_t i = 1; i < p.vocab; ++i) m = std::max(m, at(p, row, i));
+  for (int64_t i = 0; i < p.vocab; ++i) sum += std::exp(at(p, row, i) - m);
+  return m + std::log(sum);
+}
+
+}  // namespace
+
+void cross_entropy_forward(const CrossEntropyParams& p, void* loss, void* logsumexp) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(cross_entropy_forward_any)(p, loss, logsumexp);
+}
+
+void cross_entropy_backward(const CrossEntropyParams& p, const void* logsumexp, const void* dloss,
+                            void* dlogits) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(cross_entropy_backward_any)(p, logsumexp, dloss, dlogits);
+}
+
+void cross_entropy_naive_forward(const CrossEntropyParams& p, double* loss, double* logsumexp) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    logsumexp[row] = naive_logsumexp(p, row);
+    loss[row] = p.targets[row] == p.ignore_index ? 0 : logsumexp[row] - at(p, row, p.targets[row]);
+  }
+}
+
+void cross_entropy_naive_backward(const CrossEntropyParams& p, const double* dloss,
+                                  double* dlogits) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const double lse = naive_logsumexp(p, row);
+    for (int64_t i = 0; i < p.vocab; ++i) {
+      const double softmax = std::exp(at(p, row, i) - lse);
+      dlogits[row * p.vocab + i] = p.targets[row] == p.ignore_index
+                                       ? 0
+                                       : (softmax - (i == p.targets[row] ? 1 : 0)) * dloss[row];
+    }
+  }
+}
+
+}  // namespace gdn
+#endif  // HWY_ONCE

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "gdn/kernels/swiglu.cpp"
+// clang-format off
+#include "hwy/foreach_target.h"  // must precede highway.h
+// clang-format on
+#include "gdn/kernels/swiglu.h"
+
+#include <cmath>
+
+#include "gdn/base/check.h"
+#include "gdn/base/parallel.h"
+#include "gdn/kernels/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+void forward(const SwigluParams& p, T* y) {
+  parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
+      const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
+      for_lanes<Acc<T>>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+        const auto z = load_as(d, gate + i);
+        store_as(d, hn::Mul(hn::Mul(z, sigmoid(d, z)), load_as(d, up + i)), y + row * p.dim + i);
+      });
+    }
+  });
+}
+
+template <typename T>
+void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
+  parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
+      const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
+      const int64_t out = row * p.dim;
+      for_lanes<Acc<T>>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+        const auto z = load_as(d, gate + i), g = load_as(d, dy + out + i);
+        const auto one = hn::Set(d, 1);
+        const auto s = sigmoid(d, z);
+        const auto slope = hn::Mul(s, hn::MulAdd(z, hn::Sub(one, s), one));
+        store_as(d, hn::Mul(hn::Mul(g, load_as(d, up + i)), slope), dgate + out + i);
+        store_as(d, hn::Mul(g, hn::Mul(z, s)), dup + out + i);
+      });
+    }
+  });
+}
+
+void swiglu_forward_any(const SwigluParams& p, void* y) {
+  dispatch_dtype(p.dtype, [&](auto t) { forward(p, static_cast<decltype(t)*>(y)); });
+}
+
+void swiglu_backward_any(const SwigluParams& p, const void* dy, void* dgate, void* dup) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    backward(p, static_cast<const T*>(dy), static_cast<T*>(dgate), static_cast<T*>(dup));
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gdn {
+
+HWY_EXPORT(swiglu_forward_any);
+HWY_EXPORT(swiglu_backward_any);
+
+namespace {
+
+void check(const SwigluParams& p) {
+  GDN_CHECK(p.rows >= 0 && p.dim >= 1, "[swiglu] dim must be at least 1, got ", p.dim);
+}
+
+double at(const SwigluParams& p, const void* data, const RowLayout& layout, int64_t row,
+          int64_t i) {
+  return dispatch_dtype(p.dtype, [&](auto t) -> double {
+    return load(static_cast<const decltype(t)*>(data) + layout.offset(row, p.dim) + i);
+  });
+}
+
+}  // namespace
+
+void swiglu_forward(const SwigluParams& p, void* y) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(swiglu_forward_any)(p, y);
+}
+
+void swiglu_backward(const SwigluParams& p, const void* dy, void* dgate, void* dup) {
+  check(p);
+  HWY_DYNAMIC_DISPATCH(swiglu_backward_any)(p, dy, dgate, dup);
+}
+
+void swiglu_naive_forward(const SwigluParams& p, double* y) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < p.dim; ++i) {
+      const double z = at(p, p.gate, p.gate_layout, row, i);
+      y[row * p.dim + i] = z / (1 + std::exp(-z)) * at(p, p.up, p.up_layout, row, i);
+    }
+  }
+}
+
+void swiglu_naive_backward(const SwigluParams& p, const double* dy, double* dgate, double* dup) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t i = 0; i < p.dim; ++i) {
+      const double z = at(p, p.gate, p.gate_layout, row, i), s = 1 / (1 + std::exp(-z));
+      const int64_t k = row * p.dim + i;
+      dgate[k] = dy[k] * at(p, p.up, p.up_layout, row, i) * s * (1 + z * (1 - s));
+      dup[k] = dy[k] * z * s;
+    }
+  }
+}
+
+}  // namespace gdn
+#endif  // HWY_ONCE

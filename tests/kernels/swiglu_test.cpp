@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gdn/kernels/swiglu.h"
+
+#include "tests/kernels/support.h"
+
+namespace gdn {
+namespace {
+
+using testing::dot;
+using testing::random_normal;
+using testing::to_double;
+using testing::tolerance;
+
+// gate and up are the two halves of one wider tensor.
+template <typename T>
+SwigluParams halves_of(const std::vector<T>& wide, int64_t rows, int64_t dim) {
+  SwigluParams p;
+  p.rows = rows;
+  p.dim = dim;
+  p.dtype = kDTypeOf<T>;
+  p.gate = wide.data();
+  p.up = wide.data() + dim;
+  p.gate_layout = p.up_layout = {1, 2 * dim};
+  return p;
+}
+
+template <typename T>
+class SwigluTest : public ::testing::Test {};
+TYPED_TEST_SUITE(SwigluTest, testing::StorageTypes);
+
+TYPED_TEST(SwigluTest, EqualsTheOracleOnEveryTarget) {
+  using T = TypeParam;
+  testing::for_each_target([](const std::string& target) {
+    for (const auto& [rows, dim] : {std::pair{1, 1}, {5, 33}, {30, 700}}) {
+      const int64_t n = rows * dim;
+      const std::vector<T> wide = random_normal<T>(2 * n, 1, 2.0), dy = random_normal<T>(n, 2);
+      const SwigluParams p = halves_of(wide, rows, dim);
+      std::vector<T> y(n), dgate(n), dup(n);
+      std::vector<double> y_naive(n), dgate_naive(n), dup_naive(n);
+      swiglu_forward(p, y.data());
+      swiglu_backward(p, dy.data(), dgate.data(), dup.data());
+      swiglu_naive_forward(p, y_naive.data());
+      swiglu_naive_backward(p, to_double(dy).data(), dgate_naive.data(), dup_naive.data());
+      testing::expect_close(y, y_naive, tolerance<T>(), target + " y");
+      testing::expect_close(dgate, dgate_naive, tolerance<T>(), target + " dgate");
+      testing::expect_close(dup, dup_naive, tolerance<T>(), target + " dup");
+    }
+  });
+}
+
+TEST(Swiglu, OracleGradientsAgreeWithFiniteDifferences) {
+  const int64_t rows = 3, dim = 4, n = rows * dim;
+  const std::vector<double> wide = random_normal<double>(2 * n, 1),
+                            dy = random_normal<double>(n, 2);
+  std::vector<double> dgate(n), dup(n), gradient(2 * n);
+  swiglu_naive_backward(halves_of(wide, rows, dim), dy.data(), dgate.data(), dup.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(&dgate[row * dim], dim, &gradient[row * 2 * dim]);
+    std::copy_n(&dup[row * dim], dim, &gradient[row * 2 * dim + dim]);
+  }
+  testing::expect_gradient(
+      wide, gradient,
+      [&](const std::vector<double>& v) {
+        std::vector<double> y(n);
+        swiglu_naive_forward(halves_of(v, rows, dim), y.data());
+        return dot(y, dy);
+      },
+      "both");
+}
+
+TEST(Swiglu, ExtremesStayFiniteAndSizesAreChecked) {
+  const std::vector<float> wide = {-1e30f, 1e4f, -200, 90, 1, 1, 1, 1};
+  std::vector<float> y(4), dgate(4), dup(4), dy(4, 1.0f);
+  const SwigluParams p = halves_of(wide, 1, 4);
+  swiglu_forward(p, y.data());
+  swiglu_backward(p, dy.data(), dgate.data(), dup.data());
+  EXPECT_EQ(y, (std::vector<float>{-0.0f, 1e4f, -0.0f, 90}));
+  EXPECT_EQ(dgate, (std::vector<float>{0, 1, 0, 1}));
+  EXPECT_THROW(swiglu_forward(SwigluParams{}, y.data()), Error);
+}
+
+}  // namespace
+}  // namespace gdn
