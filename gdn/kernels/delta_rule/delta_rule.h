@@ -78,7 +78,8 @@ void delta_rule_chunk_forward(const DeltaRuleParams& params, const DeltaRuleOutp
 void delta_rule_chunk_backward(const DeltaRuleParams& params, const void* saved,
                                const DeltaRuleGrads& grads);
 
-// Token by token with SIMD; faster than the chunk form for short T.
+// Token by token with SIMD; faster than the chunk form for short T. out.saved must be null: no
+// backward.
 void delta_rule_recurrent_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out);
 
 // One token for each of N sequences (T_total == N, cu_seqlens and initial_state ignored), in place
