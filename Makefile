@@ -8,10 +8,6 @@ PYTHON := .venv/bin/python
 # Jobs: one per core, but no more than memory carries at about 1.2 GB for a source that includes torch.
 JOBS ?= $(shell awk -v cores="$$(nproc)" '/^MemAvailable/ {n = int($$2 / 1258291); print n < 1 ? 1 : n < cores ? n : cores}' /proc/meminfo)
 NINJA = cmake --build $(1) --parallel $(JOBS)
-# A compiler cache works across clones when paths below the clone are relative; the rest allows precompiled headers.
-export CCACHE_BASEDIR := $(CURDIR)
-export CCACHE_NOHASHDIR := 1
-export CCACHE_SLOPPINESS := pch_defines,time_macros
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -20,7 +16,7 @@ setup:  ## install what is missing: distribution packages and .venv with torch
 	@scripts/setup.sh
 
 $(BUILD)/build.ninja: CMakePresets.json | setup
-	cmake --preset release
+	cmake --preset release -DGDN_PCH=ON
 
 build: setup $(BUILD)/build.ninja  ## set up and build the program build/bin/gdn and libgdn
 	$(call NINJA,$(BUILD)) --target gdn_program

@@ -11,7 +11,9 @@ add_compile_options(-Wall -Wextra -Wno-sign-compare -Wno-unused-parameter -fno-m
 
 find_program(GDN_CCACHE ccache)
 if(GDN_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
-  set(CMAKE_CXX_COMPILER_LAUNCHER ${GDN_CCACHE})
+  # Paths below the clone are relative in the cache, so that clones share it; the sloppiness allows precompiled headers.
+  set(CMAKE_CXX_COMPILER_LAUNCHER /usr/bin/env CCACHE_BASEDIR=${CMAKE_CURRENT_SOURCE_DIR} CCACHE_NOHASHDIR=1
+    CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime ${GDN_CCACHE})
 endif()
 find_program(GDN_MOLD mold)
 if(GDN_MOLD)

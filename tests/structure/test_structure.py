@@ -87,7 +87,9 @@ def licence_line(path: str, text: str) -> list[str]:
     if not text.strip():
         return []
     head = text.splitlines()[:2]
-    return [] if any("SPDX-License-Identifier: Apache-2.0" in line for line in head) else [f"{path}: no SPDX line on top"]
+    return (
+        [] if any("SPDX-License-Identifier: Apache-2.0" in line for line in head) else [f"{path}: no SPDX line on top"]
+    )
 
 
 def file_length(path: str, text: str) -> list[str]:
