@@ -54,6 +54,14 @@ std::vector<Case> all_cases() {
       {{"head_dim", 4}, {"erase", false}, {"conv_bias", true}, {"conv_size", 2}});
   add("gated_delta_net", "recurrent_wide_conv", 8,
       {{"head_dim", 4}, {"mode", "fused_recurrent"}, {"conv_size", 6}});
+  add("delta_net", "sum_norm_elu", 8,
+      {{"num_heads", 2}, {"qk_activation", "elu"}, {"qk_norm", "sum"}, {"use_gate", true}});
+  add("delta_net", "relu_no_beta", 16,
+      {{"num_heads", 2}, {"qk_activation", "relu"}, {"use_beta", false}, {"conv_bias", true}});
+  add("delta_net", "identity_no_conv_neg_eigval", 8,
+      {{"qk_activation", "identity"}, {"use_short_conv", false}, {"allow_neg_eigval", true}});
+  add("delta_net", "narrow_keys_recurrent", 8,
+      {{"num_heads", 2}, {"expand_k", 0.5}, {"expand_v", 2.0}, {"mode", "fused_recurrent"}});
   add("attention", "grouped_queries", 16,
       {{"num_heads", 4}, {"num_kv_heads", 2}, {"qkv_bias", true}, {"qk_norm", true}});
   add("attention", "window", 8, {{"num_heads", 2}, {"window_size", 3}});

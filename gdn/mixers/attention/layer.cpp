@@ -27,14 +27,15 @@ namespace {
 
 constexpr const char* kName = "attention";
 
-// Rotates the pairs (x_i, x_{i+D/2}) of x [B,T,H,D] at position p by p * theta^(-2i/D).
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& positions /* double [T] */, double theta) {
+// The definition of rotary positions, in double: pair (x_i, x_{i+D/2}) of x [B,T,H,D] at position p
+// turns by the angle p * theta^(-2i/D).
+at::Tensor naive_rotary(const at::Tensor& x, const at::Tensor& positions, double theta) {
   const int64_t D = x.size(3), half = D / 2;
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
-  const at::Tensor exponents = at::arange(half, positions.options()) * (-2.0 / D);
-  const at::Tensor angles = at::outer(positions, at::pow(theta, exponents)).unsqueeze(1);
-  const at::Tensor cos = angles.cos().to(acc), sin = angles.sin().to(acc);  // [T,1,D/2]
-  const at::Tensor low = x.narrow(3, 0, half).to(acc), high = x.narrow(3, half, half).to(acc);
+  const at::Tensor p = positions.to(at::kDouble);
+  const at::Tensor exponents = at::arange(half, p.options()) * (-2.0 / static_cast<double>(D));
+  const at::Tensor angles = at::outer(p, at::pow(theta, exponents)).unsqueeze(1);
+  const at::Tensor cos = angles.cos(), sin = angles.sin();  // [T,1,D/2]
+  const at::Tensor low = x.narrow(3, 0, half), high = x.narrow(3, half, half);
   return at::cat({low * cos - high * sin, high * cos + low * sin}, 3).to(x.scalar_type());
 }
 
@@ -231,9 +232,10 @@ at::Tensor Attention::forward(const at::Tensor& x, const Context& ctx) {
     const int64_t length = group.q.size(1);
     if (rope_theta_ > 0) {
       const at::Tensor positions = at::arange(group.past, group.past + length,
-                                              at::TensorOptions(x.device()).dtype(at::kDouble));
-      group.q = rotate(group.q, positions, rope_theta_);
-      group.k = rotate(group.k, positions, rope_theta_);
+                                              at::TensorOptions(x.device()).dtype(at::kLong));
+      for (at::Tensor* t : {&group.q, &group.k}) {
+        *t = naive_rotary(*t, positions, rope_theta_);
+      }
     }
     at::Tensor o = !state.given()      ? attend(group.q, group.k, group.v)
                    : state.with_grad() ? attend_anew(group, cache, kept)

@@ -2,9 +2,13 @@
 #include "gdn/mixers/common/delta_layer.h"
 
 #include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <bit>
+
+#include "gdn/mixers/common/modules.h"
+#include "gdn/ops/norm.h"
 
 namespace gdn {
 
@@ -31,6 +35,18 @@ at::Tensor delta_rule_with_state(const at::Tensor& q, const at::Tensor& k, const
       /*output_final_state=*/state.given(), erase, form, /*chunk_size=*/0, /*save=*/false);
   if (state.given()) state.write("recurrent", final_state);
   return o;
+}
+
+const char* delta_rule_form(std::string_view mode, int64_t T, bool naive) {
+  // Up to this many tokens the recurrence beats the chunk form.
+  constexpr int64_t kRecurrentUpTo = 64;
+  if (naive) return "naive";
+  const bool short_input = T <= kRecurrentUpTo && !c10::GradMode::is_enabled();
+  return mode == "fused_recurrent" || short_input ? "recurrent" : "chunk";
+}
+
+at::Tensor l2norm(const at::Tensor& x, bool naive) {
+  return naive ? naive::l2norm(x) : ops::l2norm(x);
 }
 
 at::Tensor zero_recurrent_state(int64_t sequences, int64_t HV, int64_t K, int64_t V,

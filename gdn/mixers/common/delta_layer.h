@@ -19,6 +19,13 @@ at::Tensor delta_rule_with_state(const at::Tensor& q, const at::Tensor& k, const
                                  const ops::OptionalTensor& g, const ops::OptionalTensor& beta,
                                  std::string_view erase, std::string_view form, StateAccess& state);
 
+// The form for T tokens: "naive"; or what `mode` ("chunk", "fused_recurrent") says, but that short
+// inputs without gradients are always taken token by token.
+const char* delta_rule_form(std::string_view mode, int64_t T, bool naive);
+
+// x / sqrt(sum x^2 + 1e-6) over the last dimension.
+at::Tensor l2norm(const at::Tensor& x, bool naive);
+
 // [N,HV,K,V] in the dtype that states have for activations of `options`.
 at::Tensor zero_recurrent_state(int64_t sequences, int64_t HV, int64_t K, int64_t V,
                                 const at::TensorOptions& options);

@@ -17,7 +17,8 @@
 #include <vector>
 
 #include "gdn/base/check.h"
-#include "gdn/ops/common.h"
+#include "gdn/ops/norm.h"
+#include "gdn/ops/short_conv.h"
 
 namespace gdn {
 namespace {
@@ -60,8 +61,29 @@ at::Tensor ShortConvolution::zero_state(int64_t sequences, const at::TensorOptio
 
 at::Tensor ShortConvolution::forward(const at::Tensor& x, StateAccess& state, const char* name,
                                      bool naive) {
+  if (naive) return forward_naive(x, state, name);
+  const at::Tensor w = weight.squeeze(1);
+  const std::optional<std::string_view> activation =
+      activation_ == Activation::kSilu ? std::optional<std::string_view>("silu") : std::nullopt;
+  const std::optional<at::Tensor> b = bias.defined() ? std::optional(bias) : std::nullopt;
+  if (state.step()) {
+    const auto slots = state.slots().defined() ? std::optional(state.slots()) : std::nullopt;
+    return ops::causal_conv1d_update_(x.select(1, 0), state.pool(name), w, b, slots, activation)
+        .unsqueeze(1);
+  }
+  std::optional<at::Tensor> history, cu_seqlens;
+  if (state.given()) history = state.read(name).to(x.scalar_type());
+  if (state.cu_seqlens().defined()) cu_seqlens = state.cu_seqlens();
+  auto [y, tail] = ops::causal_conv1d(x, w, b, history, cu_seqlens,
+                                      /*output_final_state=*/state.given(), activation);
+  if (state.given()) state.write(name, tail);
+  return y;
+}
+
+at::Tensor ShortConvolution::forward_naive(const at::Tensor& x, StateAccess& state,
+                                           const char* name) {
   const int64_t N = state.num_sequences(), W = weight.size(2);
-  at::Tensor history = state.given() ? state.read(name) : zero_state(N, x.options());
+  const at::Tensor history = state.given() ? state.read(name) : zero_state(N, x.options());
   const at::Tensor w = in_dtype(weight, x.scalar_type()), b = in_dtype(bias, x.scalar_type());
   std::vector<at::Tensor> outs, tails;
   auto run = [&](const at::Tensor& part, const at::Tensor& past) {
@@ -88,14 +110,13 @@ RmsNorm::RmsNorm(int64_t size, double eps) : eps_(eps) {
 }
 
 at::Tensor RmsNorm::forward(const at::Tensor& x, bool naive) {
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
-  return naive::rms_norm(x.to(acc), weight.to(acc), eps_).to(x.scalar_type());
+  if (naive) return naive::rms_norm(x, weight.to(x.scalar_type()), eps_);
+  return ops::rms_norm(x, weight, eps_);
 }
 
 at::Tensor RmsNorm::forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive) {
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
-  return (naive::rms_norm(x.to(acc), weight.to(acc), eps_) * at::silu(gate.to(acc)))
-      .to(x.scalar_type());
+  if (naive) return naive::rms_norm(x, weight.to(x.scalar_type()), eps_) * at::silu(gate);
+  return ops::rms_norm_gated(x, weight, gate, eps_, "silu");
 }
 
 namespace naive {

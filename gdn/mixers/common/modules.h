@@ -36,6 +36,8 @@ class ShortConvolution : public torch::nn::Module {
   at::Tensor weight, bias;
 
  private:
+  at::Tensor forward_naive(const at::Tensor& x, StateAccess& state, const char* name);
+
   Activation activation_;
 };
 

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "gdn/kernels/short_conv.h"
+
 namespace gdn {
 
 Options::Options(std::string_view mixer, const MixerArgs& args)
@@ -27,6 +29,12 @@ int64_t Options::positive(const char* name) const {
 
 int64_t Options::positive_or(const char* name, int64_t derived) const {
   return value(name).is_null() ? derived : positive(name);
+}
+
+int64_t Options::conv_size() const {
+  const int64_t width = positive("conv_size");
+  check(width <= kMaxConvWidth, "conv_size must be at most ", kMaxConvWidth, ", got ", width);
+  return width;
 }
 
 double Options::number(const char* name) const {

@@ -22,6 +22,7 @@ class Options {
   int64_t positive_or(const char* name, int64_t derived) const;
   double number(const char* name) const;
   double number_or(const char* name, double derived) const;
+  int64_t conv_size() const;  // a width that the short convolution's kernel has
   std::string text(const char* name, std::initializer_list<const char*> choices) const;
 
   // Throws a UsageError "[mixer] ..." of these parts unless `condition` holds.

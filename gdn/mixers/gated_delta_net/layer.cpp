@@ -11,17 +11,14 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gdn/base/check.h"
 #include "gdn/mixers/common/delta_layer.h"
 #include "gdn/mixers/common/options.h"
+#include "gdn/ops/gate.h"
 
 namespace gdn {
 namespace {
 
 constexpr const char* kName = "gated_delta_net";
-
-// Up to this many tokens without gradients the recurrence beats the chunk form.
-constexpr int64_t kRecurrentUpTo = 64;
 
 // log A with A from U(0,16). An exact 0 would give -inf, which training never leaves.
 at::Tensor initial_a_log(int64_t heads) {
@@ -61,7 +58,7 @@ GatedDeltaNet::GatedDeltaNet(const MixerArgs& args) {
   use_short_conv_ = options.flag("use_short_conv");
   allow_neg_eigval_ = options.flag("allow_neg_eigval");
   erase_ = options.flag("erase");
-  const int64_t conv_size = options.positive("conv_size");
+  const int64_t conv_size = options.conv_size();
   const bool conv_bias = options.flag("conv_bias");
   const int64_t key_dim = num_heads_ * head_dim_, value_dim = num_v_heads_ * head_v_dim_;
 
@@ -105,12 +102,7 @@ State GatedDeltaNet::zero_state(int64_t sequences, const at::TensorOptions& opti
 
 at::Tensor GatedDeltaNet::forward(const at::Tensor& x, const Context& ctx) {
   StateAccess state(kName, x, ctx, *this);
-  return forward_in(x, state);
-}
-
-at::Tensor GatedDeltaNet::forward_in(const at::Tensor& x, StateAccess& state) {
   const int64_t B = x.size(0), T = x.size(1);
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
   at::Tensor q = q_proj_->forward(x), k = k_proj_->forward(x), v = v_proj_->forward(x);
   if (use_short_conv_) {
     q = q_conv1d_->forward(q, state, "conv_q", naive_);
@@ -121,23 +113,27 @@ at::Tensor GatedDeltaNet::forward_in(const at::Tensor& x, StateAccess& state) {
     k = at::silu(k);
     v = at::silu(v);
   }
-  q = naive::l2norm(q.view({B, T, num_heads_, head_dim_}));
-  k = naive::l2norm(k.view({B, T, num_heads_, head_dim_}));
+  q = l2norm(q.view({B, T, num_heads_, head_dim_}), naive_);
+  k = l2norm(k.view({B, T, num_heads_, head_dim_}), naive_);
   v = v.view({B, T, num_v_heads_, head_v_dim_});
-  at::Tensor beta = at::sigmoid(b_proj_->forward(x).to(acc));  // [B,T,HV]
-  if (allow_neg_eigval_) beta = beta * 2;
-  const at::Tensor g = naive::gdn_gate(a_proj_->forward(x).to(acc), A_log_.to(acc),
-                                       dt_bias_.to(acc));  // [B,T,HV]
-  const bool recurrent =
-      mode_ == "fused_recurrent" || (T <= kRecurrentUpTo && !c10::GradMode::is_enabled());
-  const char* form = naive_ ? "naive" : recurrent ? "recurrent" : "chunk";
-  at::Tensor o = delta_rule_with_state(q, k, v, g, beta, erase_ ? "key" : "none", form, state);
+  const at::Tensor b = b_proj_->forward(x), a = a_proj_->forward(x);  // [B,T,HV]
+  at::Tensor beta, g;
+  if (naive_) {
+    const at::ScalarType acc = ops::acc_type(x.scalar_type());
+    beta = at::sigmoid(b.to(acc)) * (allow_neg_eigval_ ? 2.0 : 1.0);
+    g = naive::gdn_gate(a.to(acc), A_log_.to(acc), dt_bias_.to(acc));
+  } else {
+    beta = ops::beta_sigmoid(b, allow_neg_eigval_);
+    g = ops::gdn_gate(a, A_log_, dt_bias_);
+  }
+  at::Tensor o = delta_rule_with_state(q, k, v, g, beta, erase_ ? "key" : "none",
+                                       delta_rule_form(mode_, T, naive_), state);
   if (use_gate_) {
     o = o_norm_->forward_gated(o, g_proj_->forward(x).view_as(o), naive_);
   } else {
     o = o_norm_->forward(o, naive_);
   }
-  return o_proj_->forward(o.reshape({B, T, num_v_heads_ * head_v_dim_}));
+  return o_proj_->forward(o.view({B, T, num_v_heads_ * head_v_dim_}));
 }
 
 MixerInfo gated_delta_net_info() {
@@ -161,7 +157,7 @@ MixerInfo gated_delta_net_info() {
           {"expand_v", 2.0, "value size of a head divided by head_dim"},
           {"use_gate", true, "multiply the normed output by SiLU of a projection of the input"},
           {"use_short_conv", true, "causal convolution over q, k and v before SiLU"},
-          {"conv_size", 4, "width of that convolution"},
+          {"conv_size", 4, "width of that convolution, at most 8"},
           {"conv_bias", false, "give it a bias"},
           {"allow_neg_eigval", false,
            "write strength beta in (0,2) instead of (0,1), so that the transition may flip signs"},

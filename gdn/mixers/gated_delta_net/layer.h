@@ -19,8 +19,6 @@ class GatedDeltaNet : public Mixer {
   State zero_state(int64_t sequences, const at::TensorOptions& options) const override;
 
  private:
-  at::Tensor forward_in(const at::Tensor& x, StateAccess& state);
-
   int64_t num_heads_, num_v_heads_, head_dim_, head_v_dim_;
   bool use_gate_, use_short_conv_, allow_neg_eigval_, erase_;
   std::string mode_;
