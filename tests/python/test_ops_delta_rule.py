@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delta rule's ops from Python: schema, fake tensors, autograd, torch.compile and errors."""
 
+import itertools
 import os
 import pathlib
 
 import pytest
 import torch
 
-LIBRARY = os.environ.get(
-    "GDN_LIBRARY", str(pathlib.Path(__file__).resolve().parents[2] / "build" / "libgdn.so")
-)
+LIBRARY = os.environ.get("GDN_LIBRARY", str(pathlib.Path(__file__).resolve().parents[2] / "build" / "libgdn.so"))
 torch.ops.load_library(LIBRARY)
 gdn = torch.ops.gdn
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(11)
 
 
 def loop(q, k, v, g=None, beta=None, a=None, p=None, scale=None, initial_state=None, erase="key"):
@@ -67,9 +71,7 @@ def inputs(B=2, T=7, H=2, HV=4, K=3, V=5, gate="scalar", dtype=torch.float64, se
     return {name: t.requires_grad_() for name, t in x.items()}
 
 
-MEMBERS = [
-    (gate, erase) for gate in ("none", "scalar", "channel") for erase in ("none", "key", "own", "separate")
-]
+MEMBERS = [(gate, erase) for gate in ("none", "scalar", "channel") for erase in ("none", "key", "own", "separate")]
 
 
 def member(gate, erase, **sizes):
@@ -92,11 +94,9 @@ def test_values_and_gradients_equal_the_loop(gate, erase, form):
     torch.testing.assert_close(s, expected_s, rtol=1e-9, atol=1e-9)
     do, ds = torch.randn_like(o), torch.randn_like(s)
     grads = torch.autograd.grad((o * do).sum() + (s * ds).sum(), list(x.values()))
-    expected = torch.autograd.grad(
-        (expected_o * do).sum() + (expected_s * ds).sum(), list(x.values())
-    )
-    for name, grad, want in zip(x, grads, expected):
-        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-8, msg=lambda m: f"{name}: {m}")
+    expected = torch.autograd.grad((expected_o * do).sum() + (expected_s * ds).sum(), list(x.values()))
+    for name, grad, want in zip(x, grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-8, msg=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("gate,erase", [("scalar", "key"), ("channel", "separate")])
@@ -105,9 +105,7 @@ def test_gradcheck(gate, erase):
     names = list(x)
 
     def f(*tensors):
-        return gdn.delta_rule(
-            **dict(zip(names, tensors)), erase=erase, output_final_state=True
-        )[:2]
+        return gdn.delta_rule(**dict(zip(names, tensors, strict=True)), erase=erase, output_final_state=True)[:2]
 
     assert torch.autograd.gradcheck(f, tuple(x.values()))
 
@@ -119,16 +117,14 @@ def test_one_output_alone_has_gradients(output):
     expected = loop(**x)[output].sum()
     grads = torch.autograd.grad(out, list(x.values()), allow_unused=True)
     wanted = torch.autograd.grad(expected, list(x.values()), allow_unused=True)
-    for grad, want in zip(grads, wanted):
+    for grad, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, torch.zeros_like(grad) if want is None else want)
 
 
 @pytest.mark.parametrize("form", ["chunk", "recurrent"])
 def test_opcheck(form):
     x = member("scalar", "key")
-    torch.library.opcheck(
-        gdn.delta_rule.default, (), {**x, "form": form, "output_final_state": True}
-    )
+    torch.library.opcheck(gdn.delta_rule.default, (), {**x, "form": form, "output_final_state": True})
     x = member("channel", "own")
     torch.library.opcheck(gdn.delta_rule.default, (), {**x, "form": form, "erase": "own"})
 
@@ -137,39 +133,59 @@ def test_opcheck_packed_backward_and_step():
     x = {name: t.detach() for name, t in inputs(B=1, T=9).items()}
     state = x.pop("initial_state").expand(3, -1, -1, -1).contiguous()
     cu = torch.tensor([0, 4, 4, 9])
-    torch.library.opcheck(
-        gdn.delta_rule.default, (), {**x, "initial_state": state, "cu_seqlens": cu}
-    )
+    torch.library.opcheck(gdn.delta_rule.default, (), {**x, "initial_state": state, "cu_seqlens": cu})
     do = torch.randn_like(x["v"])
     saved = torch.empty(0, dtype=do.dtype)
     torch.library.opcheck(
         gdn.delta_rule_bwd.default,
-        (do, None, x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, state, cu, saved,
-         "key", "chunk", 0),
+        (do, None, x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None, state, cu, saved, "key", "chunk", 0),
     )
     one = {name: t[0] for name, t in x.items()}
     pool = torch.randn(12, *state.shape[1:], dtype=do.dtype)
     torch.library.opcheck(
         gdn.delta_rule_step_.default,
-        (one["q"], one["k"], one["v"], one["g"], one["beta"], None, None, pool,
-         torch.tensor([3, -1, 0, 11, 5, 6, 7, 8, 9])),
+        (
+            one["q"],
+            one["k"],
+            one["v"],
+            one["g"],
+            one["beta"],
+            None,
+            None,
+            pool,
+            torch.tensor([3, -1, 0, 11, 5, 6, 7, 8, 9]),
+        ),
     )
 
 
 def test_a_saved_forward_serves_backward():
     x = {name: t.detach() for name, t in inputs(T=40).items()}
-    o, s, saved = gdn.delta_rule(**x, save=True)
+    o, _, saved = gdn.delta_rule(**x, save=True)
     assert saved.numel() > 0
     assert gdn.delta_rule(**x)[2].numel() == 0
     do = torch.randn_like(o)
 
     def backward(saved):
         return gdn.delta_rule_bwd(
-            do, None, x["q"], x["k"], x["v"], x["g"], x["beta"], None, None, None,
-            x["initial_state"], None, saved, "key", "chunk", 0,
+            do,
+            None,
+            x["q"],
+            x["k"],
+            x["v"],
+            x["g"],
+            x["beta"],
+            None,
+            None,
+            None,
+            x["initial_state"],
+            None,
+            saved,
+            "key",
+            "chunk",
+            0,
         )
 
-    for a, b in zip(backward(saved), backward(saved.new_empty(0))):
+    for a, b in zip(backward(saved), backward(saved.new_empty(0)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -177,7 +193,7 @@ def test_backward_twice_says_so():
     x = member("scalar", "key")
     o = gdn.delta_rule(**x)[0]
     (dq,) = torch.autograd.grad(o.sum(), x["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="delta_rule_bwd.*not implemented"):
+    with pytest.raises(RuntimeError, match=r"delta_rule_bwd.*not implemented"):
         dq.sum().backward()
 
 
@@ -190,7 +206,7 @@ def test_packed_equals_separate():
         o, s, _ = gdn.delta_rule(
             **x, cu_seqlens=torch.tensor(ends, dtype=torch.int32), form=form, output_final_state=True
         )
-        for n, (begin, end) in enumerate(zip(ends, ends[1:])):
+        for n, (begin, end) in enumerate(itertools.pairwise(ends)):
             part = {key: t[:, begin:end] for key, t in x.items() if key != "initial_state"}
             if begin == end:
                 assert torch.equal(s[n], initial[n])
@@ -240,9 +256,7 @@ def test_gated_delta_rule_with_everything_in_kernel(name, v_first):
         raw["initial_state"] = raw["initial_state"].transpose(2, 3)
         expected_s = expected_s.transpose(2, 3)
     (q, k, v), rest = ordered(raw, "q", "k", "v")
-    o, s = getattr(gdn, name)(
-        q, k, v, **rest, **flags, scale=0.3, output_final_state=True, state_v_first=v_first
-    )
+    o, s = getattr(gdn, name)(q, k, v, **rest, **flags, scale=0.3, output_final_state=True, state_v_first=v_first)
     torch.testing.assert_close(o, expected_o, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(s, expected_s, rtol=1e-9, atol=1e-9)
 
@@ -250,9 +264,7 @@ def test_gated_delta_rule_with_everything_in_kernel(name, v_first):
 def test_recurrent_channel_gate_adds_up():
     x = inputs(T=6)
     gk = -torch.rand(2, 6, 4, 3, dtype=torch.float64)
-    o, _ = gdn.fused_recurrent_gated_delta_rule(
-        x["q"], x["k"], x["v"], g=x["g"], gk=gk, beta=x["beta"]
-    )
+    o, _ = gdn.fused_recurrent_gated_delta_rule(x["q"], x["k"], x["v"], g=x["g"], gk=gk, beta=x["beta"])
     expected, _ = loop(x["q"], x["k"], x["v"], x["g"][..., None] + gk, x["beta"])
     torch.testing.assert_close(o, expected)
     o, _ = gdn.fused_recurrent_gated_delta_rule(x["q"], x["k"], x["v"])  # grouped values, no beta
@@ -270,9 +282,18 @@ def test_kda_gate_in_kernel(lower_bound):
     else:
         g = lower_bound * torch.sigmoid(A_log.exp()[:, None] * shifted)
     o, s = gdn.chunk_kda(
-        x["q"], x["k"], x["v"], x["g"], x["beta"], initial_state=x["initial_state"],
-        use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias,
-        safe_gate=lower_bound is not None, lower_bound=lower_bound, output_final_state=True,
+        x["q"],
+        x["k"],
+        x["v"],
+        x["g"],
+        x["beta"],
+        initial_state=x["initial_state"],
+        use_gate_in_kernel=True,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        safe_gate=lower_bound is not None,
+        lower_bound=lower_bound,
+        output_final_state=True,
     )
     expected_o, expected_s = loop(**dict(x, g=g))
     torch.testing.assert_close(o, expected_o, rtol=1e-9, atol=1e-9)
@@ -286,7 +307,7 @@ def test_the_rest_of_the_family():
     more = dict(initial_state=s0, output_final_state=True)
 
     def check(result, expected):
-        for a, b in zip(result, expected):
+        for a, b in zip(result, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
     check(
@@ -347,8 +368,17 @@ def test_low_precision(dtype):
 def test_compile_with_dynamic_shapes():
     def f(q, k, v, g, beta, initial_state, A_log, dt_bias):
         o, s = gdn.chunk_gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial_state, output_final_state=True,
-            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state=initial_state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            A_log=A_log,
+            dt_bias=dt_bias,
         )
         return o.sin().sum() + s.square().sum()
 
@@ -359,7 +389,7 @@ def test_compile_with_dynamic_shapes():
         args += [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         torch.testing.assert_close(compiled(*args), f(*args))
         grads = torch.autograd.grad(compiled(*args), args)
-        for grad, want in zip(grads, torch.autograd.grad(f(*args), args)):
+        for grad, want in zip(grads, torch.autograd.grad(f(*args), args), strict=True):
             torch.testing.assert_close(grad, want)
 
 
@@ -373,39 +403,55 @@ def test_errors_name_op_rule_and_value():
         assert text in str(caught.value), str(caught.value)
 
     chunk = gdn.chunk_gated_delta_rule
-    error(lambda: chunk(q, k[:, :, :1], v, g, beta),
-          "[chunk_gated_delta_rule] k must be [B,T,H,K] = [2, 16, 2, 3], got [2, 16, 1, 3]")
-    error(lambda: chunk(q, k, v[:, :, :3], g[:, :, :3], beta[:, :, :3]),
-          "the heads of v (HV) must be a multiple of those of q (H), got HV=3 and H=2")
-    error(lambda: chunk(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 32])),
-          "[chunk_gated_delta_rule] B must be 1 with cu_seqlens, got 2")
-    error(lambda: chunk(q[:1], k[:1], v[:1], g[:1], beta[:1], cu_seqlens=torch.tensor([0, 15])),
-          "[chunk_gated_delta_rule] cu_seqlens must end with the number of tokens, 16, got 15")
-    error(lambda: chunk(q, k, v, g, beta, initial_state=s0[:1]),
-          "initial_state must be [N,HV,K,V] = [2, 4, 3, 5], got [1, 4, 3, 5]")
-    error(lambda: chunk(q, k, v, g, beta, initial_state=s0, state_v_first=True),
-          "initial_state must be [N,HV,K,V] = [2, 4, 3, 5], got [2, 4, 5, 3]")
+    error(
+        lambda: chunk(q, k[:, :, :1], v, g, beta),
+        "[chunk_gated_delta_rule] k must be [B,T,H,K] = [2, 16, 2, 3], got [2, 16, 1, 3]",
+    )
+    error(
+        lambda: chunk(q, k, v[:, :, :3], g[:, :, :3], beta[:, :, :3]),
+        "the heads of v (HV) must be a multiple of those of q (H), got HV=3 and H=2",
+    )
+    error(
+        lambda: chunk(q, k, v, g, beta, cu_seqlens=torch.tensor([0, 32])),
+        "[chunk_gated_delta_rule] B must be 1 with cu_seqlens, got 2",
+    )
+    error(
+        lambda: chunk(q[:1], k[:1], v[:1], g[:1], beta[:1], cu_seqlens=torch.tensor([0, 15])),
+        "[chunk_gated_delta_rule] cu_seqlens must end with the number of tokens, 16, got 15",
+    )
+    error(
+        lambda: chunk(q, k, v, g, beta, initial_state=s0[:1]),
+        "initial_state must be [N,HV,K,V] = [2, 4, 3, 5], got [1, 4, 3, 5]",
+    )
+    error(
+        lambda: chunk(q, k, v, g, beta, initial_state=s0, state_v_first=True),
+        "initial_state must be [N,HV,K,V] = [2, 4, 3, 5], got [2, 4, 5, 3]",
+    )
     error(lambda: chunk(q, k, v, g, beta, chunk_size=48), "chunk_size must be 16, 32, 64 or 0")
     error(lambda: chunk(q, k.float(), v, g, beta), "k must have the dtype of q (Double), got Float")
     error(lambda: chunk(q.long(), k.long(), v.long(), g, beta), "q must be float32, float64")
-    error(lambda: chunk(q, k, v, g, beta, allow_neg_eigval=True),
-          "allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
-    error(lambda: chunk(q, k, v, g, beta, use_gate_in_kernel=True),
-          "use_gate_in_kernel=True needs A_log")
+    error(
+        lambda: chunk(q, k, v, g, beta, allow_neg_eigval=True),
+        "allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True",
+    )
+    error(lambda: chunk(q, k, v, g, beta, use_gate_in_kernel=True), "use_gate_in_kernel=True needs A_log")
     error(lambda: chunk(q, k, v, g[:, :, :2], beta), "g must be [B,T,HV] = [2, 16, 4], got [2, 16, 2]")
-    error(lambda: gdn.chunk_kda(q, k, v, g, beta),
-          "[chunk_kda] g must be [B,T,HV,K], got [2, 16, 4]")
-    error(lambda: gdn.chunk_kda(q, k, v, g[..., None].expand(-1, -1, -1, 2), beta),
-          "[chunk_kda] g must be [B,T,HV,K] = [2, 16, 4, 3], got [2, 16, 4, 2]")
-    error(lambda: gdn.delta_rule(q, k, v, erase="sometimes"),
-          "[delta_rule] erase must be none, key, own or separate, got sometimes")
+    error(lambda: gdn.chunk_kda(q, k, v, g, beta), "[chunk_kda] g must be [B,T,HV,K], got [2, 16, 4]")
+    error(
+        lambda: gdn.chunk_kda(q, k, v, g[..., None].expand(-1, -1, -1, 2), beta),
+        "[chunk_kda] g must be [B,T,HV,K] = [2, 16, 4, 3], got [2, 16, 4, 2]",
+    )
+    error(
+        lambda: gdn.delta_rule(q, k, v, erase="sometimes"),
+        "[delta_rule] erase must be none, key, own or separate, got sometimes",
+    )
     error(lambda: gdn.delta_rule(q, k, v, erase="own"), 'erase "own" takes an a')
     error(lambda: gdn.delta_rule(q.float(), k.float(), v.float(), g=g), "g must be Float for Float q")
     step = gdn.gated_delta_rule_step_
     one = [t[:, 0] for t in (q, k, v, g, beta)]
-    error(lambda: step(*one, s0, slots=torch.tensor([0, 2])),
-          "slots must be below the number of slots, 2, got 2")
-    error(lambda: step(*one, s0[:1].contiguous()),
-          "[gated_delta_rule_step_] state must hold 2 sequences, got 1")
-    error(lambda: step(*one, s0.transpose(0, 1).contiguous().transpose(0, 1)),
-          "[gated_delta_rule_step_] state must be contiguous")
+    error(lambda: step(*one, s0, slots=torch.tensor([0, 2])), "slots must be below the number of slots, 2, got 2")
+    error(lambda: step(*one, s0[:1].contiguous()), "[gated_delta_rule_step_] state must hold 2 sequences, got 1")
+    error(
+        lambda: step(*one, s0.transpose(0, 1).contiguous().transpose(0, 1)),
+        "[gated_delta_rule_step_] state must be contiguous",
+    )

@@ -20,7 +20,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/mixers/common/options.h"
-#include "gdn/ops/common.h"
+#include "gdn/ops/rope.h"
 
 namespace gdn {
 namespace {
@@ -234,7 +234,8 @@ at::Tensor Attention::forward(const at::Tensor& x, const Context& ctx) {
       const at::Tensor positions = at::arange(group.past, group.past + length,
                                               at::TensorOptions(x.device()).dtype(at::kLong));
       for (at::Tensor* t : {&group.q, &group.k}) {
-        *t = naive_rotary(*t, positions, rope_theta_);
+        *t = naive_ ? naive_rotary(*t, positions, rope_theta_)
+                    : ops::rotary(*t, positions, rope_theta_);
       }
     }
     at::Tensor o = !state.given()      ? attend(group.q, group.k, group.v)
