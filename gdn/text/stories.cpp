@@ -17,18 +17,19 @@ namespace gdn {
 namespace {
 
 // The cast of the corpus; each story is about a few of each.
-constexpr std::array<std::string_view, 6> kPeople = {" Anna", " Daniel", " John",
-                                                     " Mary", " Peter",  " Sandra"};
-constexpr std::array<std::string_view, 6> kThings = {" apple", " book", " coin",
-                                                     " hat",   " key",  " lamp"};
-constexpr std::array<std::string_view, 6> kPlaces = {" attic",   " cellar",  " garden",
-                                                     " kitchen", " library", " stable"};
+constexpr std::array<std::string_view, 10> kPeople = {
+    " Anna", " Ben", " Clara", " Daniel", " Emma", " John", " Mary", " Peter", " Sandra", " Tom"};
+constexpr std::array<std::string_view, 10> kThings = {
+    " apple", " ball", " book", " coin", " cup", " hat", " key", " lamp", " letter", " ring"};
+constexpr std::array<std::string_view, 8> kPlaces = {" attic",   " bakery",  " cellar", " garden",
+                                                     " kitchen", " library", " stable", " tower"};
 constexpr std::array<std::string_view, 2> kMoves = {" entered", " reached"};
 constexpr std::array<std::string_view, 2> kTakes = {" took", " grabbed"};
 constexpr std::array<std::string_view, 2> kPuts = {" put", " left"};
 constexpr std::array<std::string_view, 2> kGives = {" gave", " handed"};
-constexpr int kPeopleInStory = 4, kThingsInStory = 3, kPlacesInStory = 6;
+constexpr int kPeopleInStory = 6, kThingsInStory = 4, kPlacesInStory = 6;
 constexpr int kKeysInStory = kPeopleInStory + kThingsInStory;
+constexpr int kActorsInChapter = 2;
 constexpr int kQuestionsInChapter = 3;
 constexpr int64_t kTokensInChapter = 64;
 
@@ -94,6 +95,8 @@ class Storyteller {
       const int64_t room =
           max_tokens * chapter / chapters - kQuestionsInChapter * kLongestQuestion - 2;
       const int64_t begin = size();
+      actors_ = draw(rng_, 0, kPeopleInStory, kActorsInChapter);
+      told_.assign(kKeysInStory, false);
       while (size() + kLongestEvent <= room) tell_event();
       story_.chapters.push_back({begin, size()});
       ask_questions();
@@ -130,8 +133,8 @@ class Storyteller {
 
   void tell_event() {
     choices_.clear();
-    for (int person = 0; person < kPeopleInStory; ++person) {
-      choices_.push_back({Event::kMove, person, -1, -1, 4});
+    for (const int person : actors_) {
+      choices_.push_back({Event::kMove, person, -1, -1, 6});
       if (place_of_[person] < 0) continue;
       for (int thing = 0; thing < kThingsInStory; ++thing) add_choices(person, thing);
     }
@@ -147,7 +150,7 @@ class Storyteller {
     const Whereabouts& at = things_at_[thing];
     const int32_t here = place_of_[person];
     if (at.holder < 0 && at.place < 0) {
-      choices_.push_back({Event::kFind, person, thing, -1, 4});
+      choices_.push_back({Event::kFind, person, thing, -1, 1});
     } else if (at.place == here && at.before != person) {
       choices_.push_back({Event::kTake, person, thing, -1, 12});
     } else if (at.holder == person) {
@@ -168,7 +171,7 @@ class Storyteller {
         int32_t& place = place_of_[c.person];
         const int32_t before = place;
         while (place == before) place = places_[rng_.below(places_.size())];
-        values_of_[c.person].insert(place);
+        know(c.person, place);
         return say({who, one_of(w.moves, kMoves), w.the, place, w.stop});
       }
       case Event::kFind:
@@ -180,7 +183,7 @@ class Storyteller {
       case Event::kPut: {
         const int32_t place = place_of_[c.person];
         things_at_[c.thing] = {-1, place, c.person, place};
-        values_of_[kPeopleInStory + c.thing].insert(place);
+        know(kPeopleInStory + c.thing, place);
         return say({who, one_of(w.puts, kPuts), w.the, thing, w.in, w.the, place, w.stop});
       }
       case Event::kGive:
@@ -191,18 +194,24 @@ class Storyteller {
 
   void hand(int thing, int to, int from, int32_t origin) {
     things_at_[thing] = {to, -1, from, origin};
-    values_of_[kPeopleInStory + thing].insert(people_[to]);
+    know(kPeopleInStory + thing, people_[to]);
+  }
+
+  void know(int key, int32_t value) {
+    values_of_[key].insert(value);
+    told_[key] = true;
   }
 
   // Asks for people and things of which something is known. First come those whose last fact made
-  // an earlier one out of date, and, in every other chapter, things, which the sentences name less
-  // often than people.
+  // an earlier one out of date, and of these, in every other chapter, those that the chapter did
+  // not mention, else the things.
   void ask_questions() {
     std::vector<int32_t> keys = draw(rng_, 0, kKeysInStory, kKeysInStory);
     std::erase_if(keys, [this](int32_t key) { return values_of_[key].empty(); });
-    const bool things_first = rng_.below(2) == 0;
+    const bool old_first = rng_.below(2) == 0;
     const auto rank = [&](int32_t key) {
-      return (values_of_[key].size() > 1 ? 0 : 2) + (things_first && key < kPeopleInStory ? 1 : 0);
+      const bool later = old_first ? told_[key] : key < kPeopleInStory;
+      return (values_of_[key].size() > 1 ? 0 : 2) + (later ? 1 : 0);
     };
     std::stable_sort(keys.begin(), keys.end(),
                      [&](int32_t a, int32_t b) { return rank(a) < rank(b); });
@@ -239,6 +248,8 @@ class Storyteller {
   std::vector<int32_t> place_of_;  // of each person; -1: nowhere yet
   std::vector<Whereabouts> things_at_;
   std::vector<std::set<int32_t>> values_of_;  // of each person, then each thing: all it ever had
+  std::vector<int32_t> actors_;               // who acts in this chapter
+  std::vector<bool> told_;  // of each key: whether this chapter says something about it
   std::vector<Choice> choices_;
   Story story_;
 };

@@ -16,8 +16,10 @@
 namespace gdn {
 namespace {
 
-const std::set<std::string> kPeople = {"Anna", "Daniel", "John", "Mary", "Peter", "Sandra"};
-const std::set<std::string> kPlaces = {"attic", "cellar", "garden", "kitchen", "library", "stable"};
+const std::set<std::string> kPeople = {"Anna", "Ben",  "Clara", "Daniel", "Emma",
+                                       "John", "Mary", "Peter", "Sandra", "Tom"};
+const std::set<std::string> kPlaces = {"attic",   "bakery",  "cellar", "garden",
+                                       "kitchen", "library", "stable", "tower"};
 
 std::string text_of(const Story& story) { return make_story_tokenizer()->decode(story.ids); }
 
