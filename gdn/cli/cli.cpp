@@ -83,6 +83,8 @@ int run(std::vector<std::string> args) {
   app.option_defaults()->always_capture_default();
   Run chosen;
   add_info_command(app, chosen);
+  add_plot_command(app, chosen);
+  add_train_command(app, chosen);
   app.footer("`gdn COMMAND --help` lists the flags of a command; they may be written with - or _.");
 
   CLI::App* command = nullptr;

@@ -24,6 +24,8 @@ class Interrupted : public std::runtime_error {
 using Run = std::function<int()>;
 
 void add_info_command(CLI::App& app, Run& run);
+void add_plot_command(CLI::App& app, Run& run);
+void add_train_command(CLI::App& app, Run& run);
 
 // The whole program. 0: done, 1: failed, 2: wrong usage, 130: interrupted. Never throws.
 int run_main(int argc, char** argv);

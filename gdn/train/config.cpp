@@ -274,7 +274,7 @@ std::vector<ConfigField> config_fields(RunConfig& config) {
   const double kBig = 1 << 30;
 
   add("model", "hidden_size", &m.hidden_size, "width D of the model", 1, kBig);
-  add("model", "num_layers", &m.num_layers, "number of blocks", 1, 10000);
+  add("model", "num_layers", &m.num_layers, "number of blocks", 1, 4096);
   add("model", "feed_forward", &m.feed_forward, "feed-forward of every block: swiglu or none");
   add("model", "intermediate_size", &m.intermediate_size,
       "inner width of the feed-forward; 0: from hidden_ratio, rounded up to a multiple of 256", 0,
@@ -307,9 +307,11 @@ std::vector<ConfigField> config_fields(RunConfig& config) {
   add("data", "pack_documents", &d.pack_documents,
       "cut the text at blank lines; documents do not see each other");
   add("data", "val_stories", &d.val_stories, "held-out stories", 1, 1e6);
+  add("data", "text_fraction", &d.text_fraction,
+      "of stories: how many of the tokens that are no answers are scored", 0, 1);
   add("data", "seq_len", &d.seq_len, "tokens per sequence, T", 1, kBig);
   add("data", "batch_size", &d.batch_size, "sequences per forward pass, B", 1, 1 << 20);
-  add("data", "cache_dir", &d.cache_dir, "where token shards are kept; empty: in the run folder");
+  add("data", "cache_dir", &d.cache_dir, "where token shards are kept; empty: ~/.cache/gdn");
 
   add("train", "out_dir", &t.out_dir, "folder of the run");
   add("train", "max_iters", &t.max_iters, "optimizer steps", 0, 1e12);
@@ -335,6 +337,8 @@ std::vector<ConfigField> config_fields(RunConfig& config) {
       "steps between validations; 0: only at the start and end", 0, 1e12);
   add("train", "eval_iters", &t.eval_iters, "batches per validation; 0: the whole validation part",
       0, 1e12);
+  add("train", "final_eval_iters", &t.final_eval_iters,
+      "batches of the closing validation; 0: the whole validation part", 0, 1e12);
   add("train", "log_interval", &t.log_interval, "steps between progress lines", 1, 1e12);
   add("train", "save_interval", &t.save_interval, "steps between checkpoints; 0: only at the end",
       0, 1e12);

@@ -63,6 +63,7 @@ struct RunConfig {
     double val_fraction = 0.1;
     bool pack_documents = false;
     int64_t val_stories = 512;
+    double text_fraction = 0.0625;
     int64_t seq_len = 256;
     int64_t batch_size = 32;
     std::string cache_dir;
@@ -88,6 +89,7 @@ struct RunConfig {
     int64_t threads = 0;
     int64_t eval_interval = 250;
     int64_t eval_iters = 0;
+    int64_t final_eval_iters = 0;
     int64_t log_interval = 10;
     int64_t save_interval = 500;
     int64_t keep_checkpoints = 3;

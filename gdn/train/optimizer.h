@@ -8,12 +8,11 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
-namespace gdn {
+#include "gdn/model/checkpoint.h"
 
-using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+namespace gdn {
 
 // The parameters of a model, each once (tied weights share one), in a fixed order.
 NamedTensors parameters_of(const torch::nn::Module& model);
