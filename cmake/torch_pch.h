@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Precompiled for libgdn and the tests on torch: headers of torch that most of their files include anyway. Each file still
-// includes what it uses (-DGDN_PCH=OFF builds without).
+// Precompiled for libgdn and the tests on torch: headers of torch that most of their files include
+// anyway. Each file still includes what it uses (-DGDN_PCH=OFF builds without).
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for libFuzzer where the compiler has none: runs a target on the files of a corpus and on mutations of
-// them, the same for the same seed. Understands the same arguments: -runs=N -seed=S FOLDER_OR_FILE... An input that
-// ends the process is left in the file crash-input of the working folder.
+// Stands in for libFuzzer where the compiler has none: runs a target on the files of a corpus and
+// on mutations of them, the same for the same seed. Understands the same arguments: -runs=N -seed=S
+// FOLDER_OR_FILE... An input that ends the process is left in the file crash-input of the working
+// folder.
 #include <algorithm>
 #include <csignal>
 #include <cstdint>
@@ -48,7 +49,8 @@ std::vector<std::string> read_corpus(const std::vector<std::string>& paths) {
   std::vector<fs::path> files;
   for (const std::string& path : paths) {
     if (fs::is_directory(path)) {
-      for (const fs::directory_entry& entry : fs::directory_iterator(path)) files.push_back(entry.path());
+      for (const fs::directory_entry& entry : fs::directory_iterator(path))
+        files.push_back(entry.path());
     } else {
       files.emplace_back(path);
     }
@@ -63,11 +65,46 @@ std::vector<std::string> read_corpus(const std::vector<std::string>& paths) {
 }
 
 // Values at which sizes, offsets and counts go wrong, and tokens of JSON and TOML.
-constexpr std::string_view kPieces[] = {
-    "0", "-1", "1", "7", "255", "65536", "2147483648", "4294967296", "9223372036854775807",
-    "9223372036854775808", "18446744073709551615", "-9223372036854775808", "1e308", "1e-400", "nan", "inf", "0.5",
-    "[", "]", "{", "}", "[]", "{}", "\"", "\"\"", ",", ":", "=", "\n", "\\u0000", "\\ud800", "\xff", "\xc3",
-    "null", "true", "[[model.layers]]", "\"F64\"", "\"BOOL\"", "[4611686018427387904,4]", std::string_view("\0", 1)};
+constexpr std::string_view kPieces[] = {"0",
+                                        "-1",
+                                        "1",
+                                        "7",
+                                        "255",
+                                        "65536",
+                                        "2147483648",
+                                        "4294967296",
+                                        "9223372036854775807",
+                                        "9223372036854775808",
+                                        "18446744073709551615",
+                                        "-9223372036854775808",
+                                        "1e308",
+                                        "1e-400",
+                                        "nan",
+                                        "inf",
+                                        "0.5",
+                                        "[",
+                                        "]",
+                                        "{",
+                                        "}",
+                                        "[]",
+                                        "{}",
+                                        "\"",
+                                        "\"\"",
+                                        ",",
+                                        ":",
+                                        "=",
+                                        "\n",
+                                        "\\u0000",
+                                        "\\ud800",
+                                        "\xff",
+                                        "\xc3",
+                                        "null",
+                                        "true",
+                                        "[[model.layers]]",
+                                        "\"F64\"",
+                                        "\"BOOL\"",
+                                        "[4611686018427387904,4]",
+                                        std::string_view("\0", 1)};
 
 void mutate_once(std::string& text, const std::vector<std::string>& corpus, gdn::Rng& rng) {
   const size_t at = rng.below(text.size() + 1);
@@ -90,7 +127,8 @@ void mutate_once(std::string& text, const std::vector<std::string>& corpus, gdn:
       const size_t begin = text.find_first_of("0123456789", at);
       if (begin == std::string::npos) break;
       const size_t end = std::min(text.find_first_not_of("0123456789.", begin), text.size());
-      text.replace(begin, end - begin, rng.below(2) ? std::string(piece) : std::to_string(rng.below(300)));
+      text.replace(begin, end - begin,
+                   rng.below(2) ? std::string(piece) : std::to_string(rng.below(300)));
       break;
     }
     case 5: {  // the end of another input
@@ -141,5 +179,6 @@ int main(int argc, char** argv) {
     for (uint64_t n = 1 + rng.below(6); n > 0; --n) mutate_once(input, corpus, rng);
     run(input);
   }
-  std::printf("%zu inputs of the corpus and %llu mutations\n", corpus.size(), static_cast<unsigned long long>(runs));
+  std::printf("%zu inputs of the corpus and %llu mutations\n", corpus.size(),
+              static_cast<unsigned long long>(runs));
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Any run.toml is refused by gdn::Error or read; what was read is written so that reading gives it back.
+// Any run.toml is refused by gdn::Error or read; what was read is written so that reading gives it
+// back.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A hostile safetensors file ends in gdn::Error; an accepted one has only tensors whose bytes are there.
+// A hostile safetensors file ends in gdn::Error; an accepted one has only tensors whose bytes are
+// there.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -34,7 +35,8 @@ void parse(const std::string& file) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string input(reinterpret_cast<const char*>(data), size);
   parse(input);
-  // The same with a header length that fits, which mutation alone would hardly find: the first line is the header.
+  // The same with a header length that fits, which mutation alone would hardly find: the first line
+  // is the header.
   const size_t end = std::min(input.find('\n'), input.size());
   std::string file(8, '\0');
   for (int i = 0; i < 8; ++i) file[i] = static_cast<char>(uint64_t{end} >> (8 * i));

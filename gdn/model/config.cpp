@@ -151,7 +151,7 @@ bool expressible(const Json& options, const std::vector<FlaField>& fields) {
   }
   for (const auto& [key, value] : options.items()) {
     const bool known = std::any_of(fields.begin(), fields.end(),
-                                   [&](const FlaField& f) { return key == f.option; });
+                                   [&name = key](const FlaField& f) { return name == f.option; });
     if (!known && !value.is_null() && value != Json(false)) return false;
   }
   return true;

@@ -377,9 +377,10 @@ RunConfig parse_run_config(std::string_view text, const std::string& name, RunCo
     expect_table(table, name + ": [" + section + "]");
     for (const auto& [key, value] : table.items()) {
       const std::string where = name + ": " + section + "." + key;
-      const auto field = std::find_if(fields.begin(), fields.end(), [&](const ConfigField& f) {
-        return f.section == section && f.key == key;
-      });
+      const auto field = std::find_if(fields.begin(), fields.end(),
+                                      [&section = section, &key = key](const ConfigField& f) {
+                                        return f.section == section && f.key == key;
+                                      });
       if (field != fields.end()) {
         field->set_json(value, where);
       } else if (section == "model" && key == "mixer") {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two tokens of the ungated delta rule on a 1 x 1 state, by hand: with q = k = 1 and beta = 1 each write replaces what
-// was there, so the outputs are the values themselves.
+// Two tokens of the ungated delta rule on a 1 x 1 state, by hand: with q = k = 1 and beta = 1 each
+// write replaces what was there, so the outputs are the values themselves.
 #include <cmath>
 #include <cstdio>
 
