@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain C entry points of libgdn for who loads it at run time: the Python package runs the program in its own process.
+// Plain C entry points of libgdn for who loads it at run time: the Python package runs the program
+// in its own process.
 #include <torch/version.h>
 
 #include "gdn/cli/build_info.h"
