@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gdn train from end to end: a tiny model learns, is stopped in every way, resumes to the last bit; bad input is told."""
+"""gdn train end to end: a tiny model learns, is stopped in every way, resumes to the last bit; bad input is told."""
 
 import json
 import os
@@ -46,7 +46,7 @@ threads = 1
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """A text with words to learn."""
-    words = "the river moves past old stones and carries small boats to a town by the sea".split()
+    words = ["the", "river", "moves", "past", "old", "stones", "and", "carries", "small", "boats", "to", "town", "sea"]
     draw = random.Random(7)
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(draw.choice(words) + draw.choice([" ", " ", " ", ".\n"]) for _ in range(3000)))
