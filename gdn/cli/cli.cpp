@@ -82,6 +82,8 @@ int run(std::vector<std::string> args) {
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();
   Run chosen;
+  add_demo_command(app, chosen);
+  add_eval_command(app, chosen);
   add_info_command(app, chosen);
   add_plot_command(app, chosen);
   add_train_command(app, chosen);

@@ -23,6 +23,8 @@ class Interrupted : public std::runtime_error {
 // What the chosen command does once all flags are read; returns the exit status.
 using Run = std::function<int()>;
 
+void add_demo_command(CLI::App& app, Run& run);
+void add_eval_command(CLI::App& app, Run& run);
 void add_info_command(CLI::App& app, Run& run);
 void add_plot_command(CLI::App& app, Run& run);
 void add_train_command(CLI::App& app, Run& run);

@@ -11,10 +11,10 @@ TEST(TextPlot, DrawsCurvesWithTheirScales) {
                                          {"flat", 'o', {{0, 3}, {4, 3}}}};
   EXPECT_EQ(plot_text(curves, "step", 9, 3),
             "   3.000 |**ooooooo\n"
-            "   2.000 |  *\n"
-            "   1.000 |   ******\n"
+            "   2.000 |  **\n"
+            "   1.000 |    *****\n"
             "         +---------\n"
-            "          0 step 4\n"
+            "          0 step  4\n"
             "          * falling\n"
             "          o flat\n");
 }
