@@ -31,6 +31,7 @@ StopSignals::StopSignals() {
 }
 
 StopSignals::~StopSignals() {
+  received_signal = 0;
   sigaction(SIGINT, &old_int, nullptr);
   sigaction(SIGTERM, &old_term, nullptr);
   sigaction(SIGXFSZ, &old_xfsz, nullptr);

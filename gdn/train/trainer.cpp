@@ -147,6 +147,7 @@ class Trainer {
   int64_t next_batch_ = 0;
   int64_t resumed_step_ = -1;
   int64_t saved_step_ = -1;
+  int64_t reported_step_ = -1;
   std::optional<double> best_val_loss_;
   TrainResult result_;
   Metrics now_;
@@ -312,6 +313,7 @@ void Trainer::report(bool force) {
   if (line || now_.val_loss) {
     if (!line) now_.loss = now_.lr = now_.grad_norm = std::nullopt;
     metrics_->write(now_);
+    reported_step_ = step_;
   }
 }
 
@@ -355,18 +357,20 @@ TrainResult Trainer::run() {
   const auto stopped = [&] { return StopSignals::received() != 0; };
   if (resumed_step_ < 0 && validate(t.eval_iters)) report(false);
   begin_ = Clock::now();
-  while (!stopped() && !schedule_.done(step_, elapsed())) {
+  // Decided once per step, so that the clock cannot end a run between its last step and that step's
+  // report.
+  bool last = schedule_.done(step_, elapsed());
+  while (!stopped() && !last) {
     step();
-    const bool last = schedule_.done(step_, elapsed());
-    // The closing validation below covers more, so the regular one is left out there.
-    if (!last && t.eval_interval > 0 && step_ % t.eval_interval == 0) validate(t.eval_iters);
-    if (!last) report(false);
-    if (!last && t.save_interval > 0 && step_ % t.save_interval == 0) save();
+    last = schedule_.done(step_, elapsed());
+    if (last) break;  // the closing validation below covers more than the regular one
+    if (t.eval_interval > 0 && step_ % t.eval_interval == 0) validate(t.eval_iters);
+    report(false);
+    if (t.save_interval > 0 && step_ % t.save_interval == 0) save();
   }
-  result_.stopped_by = StopSignals::received();
   const bool trained = step_ > std::max<int64_t>(resumed_step_, 0);
   if (!stopped() && trained) validate(t.final_eval_iters);
-  if (trained) report(true);
+  if (trained && reported_step_ != step_) report(true);
   save();
   result_.stopped_by = StopSignals::received();
   result_.step = step_;
