@@ -37,8 +37,9 @@ add_library(gdn_toml INTERFACE)
 target_include_directories(gdn_toml SYSTEM INTERFACE "${GDN_TOML_INCLUDE_DIR}")
 # Bad input breaks some of its assertions before it is diagnosed: they must neither end the program nor, as clang's
 # assumptions, be optimised on.
-target_compile_definitions(gdn_toml INTERFACE TOML_HEADER_ONLY=1 "TOML_ASSERT(expression)=static_cast<void>(0)")
-target_compile_options(gdn_toml INTERFACE $<$<CXX_COMPILER_ID:Clang>:-UNDEBUG>)
+target_compile_definitions(gdn_toml INTERFACE TOML_HEADER_ONLY=1)
+target_compile_options(gdn_toml INTERFACE  # an option: CMake drops definitions that look like a function
+  "-DTOML_ASSERT(expression)=static_cast<void>(0)" $<$<CXX_COMPILER_ID:Clang>:-UNDEBUG>)
 if(GDN_TORCH)
   gdn_find_header_library(gdn_cli11 CLI/CLI.hpp CLI11 CLI11::CLI11)
 endif()
