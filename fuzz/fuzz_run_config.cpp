@@ -13,6 +13,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   gdn::RunConfig config;
   try {
     config = gdn::parse_run_config({reinterpret_cast<const char*>(data), size}, "fuzz");
+    if (config.data.path.empty()) config.data.path = "given by a flag";
     gdn::validate(config);
   } catch (const gdn::Error&) {
     return 0;

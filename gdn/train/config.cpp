@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/train/config.h"
 
-#include <toml++/toml.h>
-
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -13,6 +11,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/file.h"
 #include "gdn/base/names.h"
+#include "gdn/train/toml.h"
 
 namespace gdn {
 namespace {
@@ -72,8 +71,10 @@ std::string toml_value(const json& value) {
 json to_json(const toml::node& node, const std::string& where) {
   if (const auto* table = node.as_table()) {
     json out = json::object();
-    for (const auto& [key, value] : *table)
-      out[std::string(key.str())] = to_json(value, where + "." + std::string(key.str()));
+    for (const auto& [key, value] : *table) {
+      const std::string name(key.str());
+      out[name] = to_json(value, where + (where.ends_with(' ') ? "" : ".") + name);
+    }
     return out;
   }
   if (const auto* array = node.as_array()) {
@@ -83,7 +84,10 @@ json to_json(const toml::node& node, const std::string& where) {
   }
   if (const auto* value = node.as_boolean()) return value->get();
   if (const auto* value = node.as_integer()) return value->get();
-  if (const auto* value = node.as_floating_point()) return value->get();
+  if (const auto* value = node.as_floating_point()) {
+    if (!std::isfinite(value->get())) usage(where + " must be a finite number");
+    return value->get();
+  }
   if (const auto* value = node.as_string()) return value->get();
   usage(where +
         " must be a number, a string, true or false, an array or a table, not a date or time");
@@ -363,7 +367,7 @@ RunConfig parse_run_config(std::string_view text, const std::string& name, RunCo
     message << name << ":" << e.source().begin.line << ": not TOML: " << e.description();
     usage(message.str());
   }
-  const json document = to_json(root, name);
+  const json document = to_json(root, name + ": ");
   const std::vector<ConfigField> fields = config_fields(config);
   std::vector<std::pair<std::string, json>> layer_lists;
   for (const auto& [section, table] : document.items()) {
