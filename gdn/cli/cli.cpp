@@ -84,7 +84,9 @@ int run(std::vector<std::string> args) {
   Run chosen;
   add_demo_command(app, chosen);
   add_eval_command(app, chosen);
+  add_generate_command(app, chosen);
   add_info_command(app, chosen);
+  add_mixers_command(app, chosen);
   add_plot_command(app, chosen);
   add_train_command(app, chosen);
   app.footer("`gdn COMMAND --help` lists the flags of a command; they may be written with - or _.");

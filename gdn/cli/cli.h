@@ -25,7 +25,9 @@ using Run = std::function<int()>;
 
 void add_demo_command(CLI::App& app, Run& run);
 void add_eval_command(CLI::App& app, Run& run);
+void add_generate_command(CLI::App& app, Run& run);
 void add_info_command(CLI::App& app, Run& run);
+void add_mixers_command(CLI::App& app, Run& run);
 void add_plot_command(CLI::App& app, Run& run);
 void add_train_command(CLI::App& app, Run& run);
 

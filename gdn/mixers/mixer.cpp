@@ -127,7 +127,10 @@ std::shared_ptr<Mixer> make_mixer(std::string_view name, MixerArgs args) {
     nlohmann::json& value = args.options[option.name];
     if (value.is_null()) value = option.default_value;
   }
-  return info.make(args);
+  args.resolved = std::make_shared<nlohmann::json>(args.options);
+  std::shared_ptr<Mixer> mixer = info.make(args);
+  mixer->options_ = std::move(*args.resolved);
+  return mixer;
 }
 
 }  // namespace gdn

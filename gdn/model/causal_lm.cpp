@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/model/causal_lm.h"
 
-#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
@@ -19,6 +18,7 @@
 #include "gdn/model/feed_forward.h"
 #include "gdn/model/recompute.h"
 #include "gdn/ops/common.h"
+#include "gdn/ops/cross_entropy.h"
 
 namespace gdn {
 namespace {
@@ -148,6 +148,12 @@ struct CausalLM::Impl {
   bool checkpointing = false;
   bool naive = false;
 
+  // Logits in the dtype of `hidden`.
+  at::Tensor head(const at::Tensor& hidden) const {
+    const at::Tensor& weight = lm_head ? lm_head->weight : embeddings->weight;
+    return at::linear(hidden, weight.to(hidden.scalar_type()));
+  }
+
   // Runs block i, keeping only its inputs for backward.
   void forward_recomputed(Stream& stream, const ModelContext& ctx, size_t i) {
     // Shared values that are absent are left out of the list of tensors; `present` says which are
@@ -201,6 +207,10 @@ CausalLM::CausalLM(ModelConfig config) : impl_(std::make_unique<Impl>()) {
     impl_->lm_head =
         register_module("lm_head", std::make_shared<Linear>(c.hidden_size, c.vocab_size));
   }
+  for (size_t i = 0; i < c.blocks.size(); ++i) {
+    const auto& mixer = impl_->blocks[i]->attn;
+    if (mixer) impl_->config.blocks[i].mixer_options = mixer->options();
+  }
   initialize(*this, c.initializer_range);
 }
 
@@ -237,8 +247,7 @@ at::Tensor CausalLM::hidden(const at::Tensor& ids, const ModelContext& ctx) {
 }
 
 at::Tensor CausalLM::logits(const at::Tensor& hidden) {
-  const at::Tensor& weight = impl_->lm_head ? impl_->lm_head->weight : impl_->embeddings->weight;
-  const at::Tensor y = at::linear(hidden, weight.to(hidden.scalar_type()));
+  const at::Tensor y = impl_->head(hidden);
   return y.scalar_type() == at::kDouble ? y : y.to(at::kFloat);
 }
 
@@ -257,7 +266,7 @@ at::Tensor CausalLM::loss(const at::Tensor& ids, const at::Tensor& targets,
     h = at::index_select(h, 0, scored);
     flat_targets = at::index_select(flat_targets, 0, scored);
   }
-  return at::cross_entropy_loss(logits(h), flat_targets);
+  return std::get<0>(ops::cross_entropy(impl_->head(h), flat_targets)).mean();
 }
 
 ModelState CausalLM::zero_state(int64_t sequences) const {

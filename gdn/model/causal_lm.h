@@ -56,6 +56,7 @@ class CausalLM : public torch::nn::Module {
   void set_gradient_checkpointing(bool on);
   void use_naive(bool on);  // of every mixer
 
+  // With every option of every mixer written out, defaults and derived values included.
   const ModelConfig& config() const;
 
  private:

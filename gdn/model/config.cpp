@@ -143,18 +143,40 @@ const std::vector<FlaField>& attention_fields() {
   return fields;
 }
 
-// Whether fla's fields say all that these options say: every field is given, and what has no field
-// is off.
-bool expressible(const Json& options, const std::vector<FlaField>& fields) {
+// Whether an option that fla's form has no field for says what fla's layer does anyway.
+bool is_flas_way(const std::string& key, const Json& value, const BlockConfig& block,
+                 const ModelConfig& config) {
+  if (value.is_null()) return true;
+  const bool attention = block.mixer == "attention";
+  if (key == "erase") return value == Json(true);
+  if (key == "norm_eps") {
+    return value == Json(config.norm_eps) ||
+           (attention && !block.mixer_options.value("qk_norm", false));
+  }
+  if (key == "head_dim" && attention) {
+    const Json& heads = block.mixer_options.at("num_heads");
+    return heads.get<int64_t>() * value.get<int64_t>() == config.hidden_size;
+  }
+  return value == Json(false);
+}
+
+// Whether fla's fields say all that the options of this block say.
+bool expressible(const BlockConfig& block, const std::vector<FlaField>& fields,
+                 const ModelConfig& config) {
+  const Json& options = block.mixer_options;
   for (const FlaField& field : fields) {
-    if (!options.contains(field.option)) return false;
+    const bool required =
+        !field.fallback.is_null() || field.option == std::string_view("num_heads");
+    if (!options.contains(field.option) || (required && options[field.option].is_null()))
+      return false;
   }
-  for (const auto& [key, value] : options.items()) {
-    const bool known = std::any_of(fields.begin(), fields.end(),
-                                   [&name = key](const FlaField& f) { return name == f.option; });
-    if (!known && !value.is_null() && value != Json(false)) return false;
-  }
-  return true;
+  if (block.mixer == "attention" && options["rope_theta"] == 0) return false;  // fla always rotates
+  return std::all_of(options.items().begin(), options.items().end(), [&](const auto& item) {
+    const bool has_field = std::any_of(fields.begin(), fields.end(), [&](const FlaField& field) {
+      return item.key() == field.option;
+    });
+    return has_field || is_flas_way(item.key(), item.value(), block, config);
+  });
 }
 
 // The form that can express the model, or null.
@@ -167,14 +189,14 @@ const FlaForm* find_form(const ModelConfig& config) {
       return nullptr;
     }
     if (block.mixer == "attention") {
-      if (!expressible(block.mixer_options, attention_fields())) return nullptr;
+      if (!expressible(block, attention_fields(), config)) return nullptr;
       continue;
     }
     if (form == nullptr) {
       for (const FlaForm& candidate : fla_forms()) {
         if (block.mixer == candidate.mixer) form = &candidate;
       }
-      if (form == nullptr || !expressible(block.mixer_options, form->fields)) return nullptr;
+      if (form == nullptr || !expressible(block, form->fields, config)) return nullptr;
       options = &block.mixer_options;
     } else if (block.mixer != form->mixer || block.mixer_options != *options) {
       return nullptr;
@@ -197,6 +219,7 @@ void write_fla(const ModelConfig& config, const FlaForm& form, Json& json) {
     }
     Json spec;
     for (const FlaField& field : attention_fields()) spec[field.field] = options.at(field.option);
+    if (spec["window_size"] == 0) spec["window_size"] = nullptr;
     if (spec["num_kv_heads"].is_null()) spec["num_kv_heads"] = spec["num_heads"];
     auto same = std::find_if(attn.begin(), attn.end(), [&](Json other) {
       other.erase("layers");

@@ -4,6 +4,8 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/silu.h>
 
+#include "gdn/ops/swiglu.h"
+
 namespace gdn {
 
 SwiGlu::SwiGlu(int64_t hidden_size, int64_t intermediate_size) {
@@ -15,7 +17,8 @@ SwiGlu::SwiGlu(int64_t hidden_size, int64_t intermediate_size) {
 }
 
 at::Tensor SwiGlu::forward(const at::Tensor& x, const Context&) {
-  return down_proj_->forward(at::silu(gate_proj_->forward(x)) * up_proj_->forward(x));
+  const at::Tensor gate = gate_proj_->forward(x), up = up_proj_->forward(x);
+  return down_proj_->forward(naive_ ? at::silu(gate) * up : ops::swiglu(gate, up));
 }
 
 State SwiGlu::zero_state(int64_t, const at::TensorOptions&) const { return {}; }

@@ -35,6 +35,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
   static variable_list forward(AutogradContext* ctx, const TensorsFn& fn, int64_t num_inputs,
                                at::TensorList tensors) {
     ctx->save_for_backward(tensors.vec());
+    ctx->set_materialize_grads(false);  // what an output without a gradient depends on gets none
     ctx->saved_data["fn"] = c10::IValue::make_capsule(c10::make_intrusive<FnHolder>(fn));
     ctx->saved_data["num_inputs"] = num_inputs;
     variable_list inputs(tensors.begin(), tensors.begin() + num_inputs);

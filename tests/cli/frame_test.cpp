@@ -2,36 +2,19 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <vector>
 
-#include "gdn/cli/cli.h"
+#include "gdn/mixers/mixer.h"
+#include "tests/cli/support.h"
 
 namespace gdn {
 namespace {
 
+using cli_testing::call;
+using cli_testing::Result;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
-
-struct Result {
-  int status;
-  std::string out, err;
-};
-
-Result call(std::initializer_list<std::string> words) {
-  std::vector<std::string> args = {"gdn"};
-  args.insert(args.end(), words);
-  std::vector<char*> argv;
-  for (std::string& arg : args) argv.push_back(arg.data());
-  ::testing::internal::CaptureStdout();
-  ::testing::internal::CaptureStderr();
-  const int status = run_main(static_cast<int>(argv.size()), argv.data());
-  Result result{status, ::testing::internal::GetCapturedStdout(), ""};
-  result.err = ::testing::internal::GetCapturedStderr();
-  return result;
-}
 
 TEST(Frame, HelpAndVersionGoToStdout) {
   const Result help = call({"--help"});
@@ -67,6 +50,21 @@ TEST(Frame, InfoOnTheBuild) {
   EXPECT_GE(info.at("threads").get<int>(), 1);
   EXPECT_FALSE(info.at("simd_targets").empty());
   EXPECT_THAT(call({"info"}).out, HasSubstr("SIMD targets"));
+}
+
+TEST(Frame, MixersListsTheRegistry) {
+  const Result json = call({"mixers", "--json"});
+  ASSERT_EQ(json.status, 0) << json.err;
+  const auto list = nlohmann::json::parse(json.out);
+  ASSERT_EQ(list.size(), mixers().size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    EXPECT_EQ(list[i]["name"], mixers()[i].name);
+    EXPECT_GT(list[i]["state"]["bytes_after_512_tokens"].get<int64_t>(), 0);
+    EXPECT_FALSE(list[i]["options"].empty());
+  }
+  const Result table = call({"mixers"});
+  EXPECT_EQ(table.status, 0) << table.err;
+  for (const MixerInfo& info : mixers()) EXPECT_THAT(table.out, HasSubstr(info.name));
 }
 
 }  // namespace

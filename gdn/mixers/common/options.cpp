@@ -8,7 +8,7 @@
 namespace gdn {
 
 Options::Options(std::string_view mixer, const MixerArgs& args)
-    : mixer_(mixer), options_(args.options) {}
+    : mixer_(mixer), options_(args.options), resolved_(args.resolved) {}
 
 void Options::fail(const std::string& text) const {
   throw UsageError(str_cat("[", mixer_, "] ", text));
@@ -28,7 +28,7 @@ int64_t Options::positive(const char* name) const {
 }
 
 int64_t Options::positive_or(const char* name, int64_t derived) const {
-  return value(name).is_null() ? derived : positive(name);
+  return value(name).is_null() ? note(name, derived) : positive(name);
 }
 
 int64_t Options::conv_size() const {
@@ -44,7 +44,7 @@ double Options::number(const char* name) const {
 }
 
 double Options::number_or(const char* name, double derived) const {
-  return value(name).is_null() ? derived : number(name);
+  return value(name).is_null() ? note(name, derived) : number(name);
 }
 
 std::string Options::text(const char* name, std::initializer_list<const char*> choices) const {

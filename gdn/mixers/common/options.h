@@ -33,8 +33,15 @@ class Options {
   const nlohmann::json& value(const char* name) const;
   [[noreturn]] void fail(const std::string& text) const;
 
+  template <typename T>
+  T note(const char* name, T derived) const {
+    if (resolved_) (*resolved_)[name] = derived;
+    return derived;
+  }
+
   std::string mixer_;
   nlohmann::json options_;
+  std::shared_ptr<nlohmann::json> resolved_;
 };
 
 }  // namespace gdn
