@@ -216,8 +216,8 @@ void Trainer::find_checkpoint() {
 }
 
 void Trainer::resume_from(const std::string& checkpoint, const json& state) {
-  const ModelConfig saved = load_model_config(checkpoint);
-  if (!(saved == model_->config()))
+  // As files, since reading one writes out the options that were left to their defaults.
+  if (to_json(load_model_config(checkpoint)) != to_json(model_->config()))
     throw UsageError(
         str_cat("[train] ", checkpoint,
                 " holds a model of another shape than the configuration describes: resume with the "

@@ -290,6 +290,18 @@ def test_dry_run_trains_nothing(cli):
     assert not cli.run_folder.exists()
 
 
+def test_every_mixer_trains(cli):
+    listing = cli.run("mixers", "--json")
+    assert listing.returncode == 0, listing.stderr
+    names = [mixer["name"] for mixer in json.loads(listing.stdout)]
+    assert "gated_delta_net" in names
+    for name in names:
+        result = cli.train("--mixer", name, "--max-iters", 30, "--save-interval", 0, out=name)
+        assert result.returncode == 0, f"{name}: {result.stderr}"
+        table = rows(cli.folder / name)
+        assert table[-1]["val_loss"] < table[0]["val_loss"] - 0.5, name
+
+
 def test_starting_from_weights(cli):
     assert cli.train("--max-iters", 30, out="first").returncode == 0
     first = rows(cli.folder / "first")[-1]["val_loss"]
@@ -297,6 +309,15 @@ def test_starting_from_weights(cli):
     assert result.returncode == 0, result.stderr
     assert rows(cli.run_folder)[0]["val_loss"] == pytest.approx(first, rel=1e-6)
     fails(cli.train("--init-from", "nowhere", out="third"), 1, "nowhere")
+
+
+def test_generate_from_a_run(cli):
+    assert cli.train("--max-iters", 4).returncode == 0
+    args = ("generate", "--model", "run/latest", "--prompt-ids", "104,105", "--max-new-tokens", 5, "--json")
+    result = cli.run(*args)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["prompt_ids"] == [104, 105] and len(answer["ids"]) == 5
 
 
 def test_plot_draws_a_png(cli):
