@@ -331,8 +331,10 @@ std::vector<ConfigField> config_fields(RunConfig& config) {
   add("train", "eps", &t.eps, "AdamW's epsilon", kTiny, 1);
   add("train", "grad_clip", &t.grad_clip, "largest global gradient norm; 0: no clipping", 0, 1e30);
   add("train", "grad_accum", &t.grad_accum, "forward and backward passes per step", 1, 1 << 20);
-  add("train", "dtype", &t.dtype, "what layers compute in; weights and optimizer stay fp32")
-      .choices = {"fp32", "bf16"};
+  add("train", "dtype", &t.dtype,
+      "what layers compute in (weights and optimizer stay fp32); auto: bf16 where this machine "
+      "multiplies it at least 1.3x as fast")
+      .choices = {"fp32", "bf16", "auto"};
   add("train", "gradient_checkpointing", &t.gradient_checkpointing,
       "recompute each block in backward: less memory, more time");
   add("train", "seed", &t.seed, "of weights, data order and generated corpora", 0, 9e15);

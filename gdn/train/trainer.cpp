@@ -40,6 +40,20 @@ at::ScalarType compute_dtype(const RunConfig& config) {
   return config.train.dtype == "bf16" ? at::kBFloat16 : at::kFloat;
 }
 
+// Replaces dtype "auto" by the resumed run's, else by what this machine is faster in, so that the
+// saved configuration names it. Most of a step is matrix products, but not all: a small gain there
+// does not pay for the casts.
+void choose_dtype(RunConfig& config, bool resume) {
+  if (config.train.dtype != "auto") return;
+  const std::string saved = config.train.out_dir + "/config.toml";
+  if (resume && fs::exists(saved)) {
+    config.train.dtype = parse_run_config(read_text_file(saved), saved).train.dtype;
+    return;
+  }
+  const double gain = measure_gemm_peak(at::kBFloat16) / measure_gemm_peak(at::kFloat);
+  config.train.dtype = gain >= 1.3 ? "bf16" : "fp32";
+}
+
 std::string default_cache_dir() {
   if (const char* cache = std::getenv("XDG_CACHE_HOME"); cache && *cache)
     return str_cat(cache, "/gdn");
@@ -169,6 +183,7 @@ Trainer::Trainer(const RunConfig& config, bool resume, std::ostream& log)
         "[train] ", t.out_dir,
         " holds a run already: go on with it by --resume, choose another --out-dir, or delete it"));
   prune_checkpoints(t.out_dir, 0);  // what an interrupted save left behind
+  choose_dtype(config_, resume);
   source_ = make_source(config_);
   log_ << "data: " << source_->describe() << "\n";
   model_ = make_model(config_, *source_);
@@ -433,8 +448,10 @@ TrainResult train(const RunConfig& config, bool resume, std::ostream& log) {
   return Trainer(config, resume, log).run();
 }
 
-void dry_run(const RunConfig& config, std::ostream& out) {
-  validate(config);
+void dry_run(const RunConfig& given, std::ostream& out) {
+  validate(given);
+  RunConfig config = given;
+  choose_dtype(config, /*resume=*/false);
   if (config.train.threads > 0) at::set_num_threads(static_cast<int>(config.train.threads));
   const auto source = make_source(config);
   const auto model = make_model(config, *source);

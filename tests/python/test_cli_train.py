@@ -282,6 +282,17 @@ def test_bf16_accumulation_and_time_limit(cli):
     assert not (cli.run_folder / "tensorboard").exists()
 
 
+def test_dtype_auto_is_resolved_once(cli):
+    assert cli.train("--dtype", "auto", "--max-iters", 4).returncode == 0
+    saved = (cli.run_folder / "config.toml").read_text()
+    chosen = [dtype for dtype in ("fp32", "bf16") if f'dtype = "{dtype}"' in saved]
+    assert len(chosen) == 1, saved
+    other = "bf16" if chosen == ["fp32"] else "fp32"
+    (cli.run_folder / "config.toml").write_text(saved.replace(f'"{chosen[0]}"', f'"{other}"'))
+    assert cli.train("--dtype", "auto", "--max-iters", 6, "--resume").returncode == 0
+    assert f'dtype = "{other}"' in (cli.run_folder / "config.toml").read_text(), "a resumed run keeps its dtype"
+
+
 def test_dry_run_trains_nothing(cli):
     result = cli.train("--dry-run")
     assert result.returncode == 0, result.stderr
