@@ -68,7 +68,10 @@ struct StoryDataOptions {
   double text_fraction = 0.0625;  // of the tokens that are not answers, how many are scored
 };
 
-// The generated corpus of the demo (stories.h), one story per row.
+// The generated corpus of the demo (stories.h). A training batch is batch_size rows of seq_len
+// tokens in packed form; a row is one story, or two or four shorter ones, from which the model
+// learns what a fact is before it can keep one for long. Validation has one story of up to seq_len
+// tokens in each of its rows.
 std::unique_ptr<BatchSource> make_story_source(const StoryDataOptions& options);
 
 }  // namespace gdn

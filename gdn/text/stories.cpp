@@ -24,8 +24,8 @@ constexpr std::array<std::string_view, 10> kThings = {
 constexpr std::array<std::string_view, 8> kPlaces = {" attic",   " bakery",  " cellar", " garden",
                                                      " kitchen", " library", " stable", " tower"};
 constexpr std::array<std::string_view, 2> kMoves = {" entered", " reached"};
-constexpr std::array<std::string_view, 2> kTakes = {" took", " grabbed"};
-constexpr std::array<std::string_view, 2> kPuts = {" put", " left"};
+constexpr std::array<std::string_view, 2> kTakes = {" went", " left"};
+constexpr std::array<std::string_view, 2> kPuts = {" put", " dropped"};
 constexpr std::array<std::string_view, 2> kGives = {" gave", " handed"};
 constexpr int kPeopleInStory = 6, kThingsInStory = 4, kPlacesInStory = 6;
 constexpr int kKeysInStory = kPeopleInStory + kThingsInStory;
@@ -37,16 +37,20 @@ constexpr int64_t kLongestEvent = 8;     // Anna put the lamp in the attic .
 constexpr int64_t kLongestQuestion = 7;  // \n Who has the lamp ? Anna
 constexpr uint64_t kHeldOutSeed = 0x68656c64;
 constexpr uint64_t kHeldOutOneIn = 16;
+constexpr uint64_t kRowSeed = 0x726f77;
+constexpr int64_t kMostStoriesInRow = 4;
 
 struct Vocabulary {
   std::vector<std::string> words;
-  int32_t eos, line, stop, ask, the, is, has, where, who, in, found;
+  int32_t eos, line, stop, ask, The, the, is, has, where, who, in, came, to, with, over;
   int32_t people, things, places, moves, takes, puts, gives;  // where the lists begin
 
   Vocabulary() {
     eos = add("<eos>"), line = add("\n"), stop = add("."), ask = add("?");
     where = add("Where"), who = add("Who");
-    the = add(" the"), is = add(" is"), has = add(" has"), in = add(" in"), found = add(" found");
+    the = add(" the"), is = add(" is"), has = add(" has"), in = add(" in");
+    The = add(" The"), came = add(" came"), to = add(" to"), with = add(" with"),
+    over = add(" over");
     people = add(kPeople), things = add(kThings), places = add(kPlaces);
     moves = add(kMoves), takes = add(kTakes), puts = add(kPuts), gives = add(kGives);
   }
@@ -176,10 +180,10 @@ class Storyteller {
       }
       case Event::kFind:
         hand(c.thing, c.person, -1, place_of_[c.person]);
-        return say({who, w.found, w.the, thing, w.stop});
+        return say({w.The, thing, w.came, w.to, who, w.stop});
       case Event::kTake:
         hand(c.thing, c.person, things_at_[c.thing].before, place_of_[c.person]);
-        return say({who, one_of(w.takes, kTakes), w.the, thing, w.stop});
+        return say({w.The, thing, one_of(w.takes, kTakes), w.with, who, w.stop});
       case Event::kPut: {
         const int32_t place = place_of_[c.person];
         things_at_[c.thing] = {-1, place, c.person, place};
@@ -188,7 +192,8 @@ class Storyteller {
       }
       case Event::kGive:
         hand(c.thing, c.receiver, c.person, things_at_[c.thing].origin);
-        return say({who, one_of(w.gives, kGives), people_[c.receiver], w.the, thing, w.stop});
+        return say({who, one_of(w.gives, kGives), w.the, thing, w.over, w.to, people_[c.receiver],
+                    w.stop});
     }
   }
 
@@ -309,21 +314,13 @@ class GuessCounter {
     return id >= begin && id < begin + static_cast<int32_t>(size);
   }
 
+  // Each sentence ends with a fact: a person or thing, two words between, its new value.
   static void read(const Story& story, Story::Range chapter, Counts& named,
                    std::map<int32_t, Counts>& had) {
-    const Vocabulary& w = vocabulary();
     for (int64_t begin = chapter.begin; begin < chapter.end;) {
       int64_t end = begin;
-      while (story.ids[end] != w.stop) ++named[story.ids[end++]];
-      const int32_t* sentence = story.ids.data() + begin;
-      const int32_t verb = sentence[1], last = story.ids[end - 1];
-      if (is_in(verb, w.moves, kMoves.size())) {
-        ++had[sentence[0]][last];
-      } else if (is_in(verb, w.puts, kPuts.size())) {
-        ++had[sentence[3]][last];
-      } else {
-        ++had[last][is_in(verb, w.gives, kGives.size()) ? sentence[2] : sentence[0]];
-      }
+      while (story.ids[end] != vocabulary().stop) ++named[story.ids[end++]];
+      ++had[story.ids[end - 4]][story.ids[end - 1]];
       begin = end + 1;
     }
   }
@@ -372,11 +369,18 @@ class StorySource final : public BatchSource {
   const Tokenizer& tokenizer() const override { return *tokenizer_; }
 
   Batch train_batch(int64_t index) const override {
-    Batch batch = empty(options_.batch_size);
-    for (int64_t row = 0; row < batch.B; ++row) {
-      const int64_t number = index * batch.B + row;
-      add(batch, make_training_story(options_.seq_len, options_.seed, number), options_.seed,
-          number);
+    Batch batch = empty(1, options_.batch_size * options_.seq_len);
+    batch.cu_seqlens = {0};
+    for (int64_t row = 0; row < options_.batch_size; ++row) {
+      const int64_t number = index * options_.batch_size + row;
+      int64_t stories = int64_t{1} << Rng(options_.seed ^ kRowSeed, number).below(3);
+      while (options_.seq_len / stories < kMinStoryTokens) stories /= 2;
+      for (int64_t i = 0; i < stories; ++i) {
+        const int64_t room = options_.seq_len * (i + 1) / stories - options_.seq_len * i / stories;
+        const int64_t which = number * kMostStoriesInRow + i;
+        add(batch, make_training_story(room, options_.seed, which), room, options_.seed, which);
+        batch.cu_seqlens.push_back(static_cast<int64_t>(batch.ids.size()));
+      }
     }
     return batch;
   }
@@ -389,9 +393,11 @@ class StorySource final : public BatchSource {
     GDN_CHECK(index >= 0 && index < num_val_batches(), "[stories] validation batch ", index, " of ",
               num_val_batches());
     const int64_t first = index * options_.batch_size;
-    Batch batch = empty(std::min(options_.batch_size, options_.val_stories - first));
+    Batch batch =
+        empty(std::min(options_.batch_size, options_.val_stories - first), options_.seq_len);
     for (int64_t row = 0; row < batch.B; ++row) {
-      add(batch, make_held_out_story(options_.seq_len, first + row), kHeldOutSeed, first + row);
+      add(batch, make_held_out_story(options_.seq_len, first + row), options_.seq_len, kHeldOutSeed,
+          first + row);
     }
     return batch;
   }
@@ -403,28 +409,23 @@ class StorySource final : public BatchSource {
   }
 
  private:
-  Batch empty(int64_t rows) const {
-    Batch batch{.B = rows,
-                .T = options_.seq_len,
-                .ids = {},
-                .targets = {},
-                .cu_seqlens = {},
-                .answers = {}};
-    const size_t size = static_cast<size_t>(rows * options_.seq_len);
+  static Batch empty(int64_t B, int64_t T) {
+    Batch batch{.B = B, .T = T, .ids = {}, .targets = {}, .cu_seqlens = {}, .answers = {}};
+    const size_t size = static_cast<size_t>(B * T);
     batch.ids.reserve(size), batch.targets.reserve(size), batch.answers.reserve(size);
     return batch;
   }
 
-  // Appends a row: the story without its last token, padded with <eos>. Scored are the answers and
-  // a random part of the other tokens.
-  void add(Batch& batch, const Story& story, uint64_t seed, uint64_t number) const {
+  // Appends `room` tokens: the story without its last one, padded with <eos>. Scored are the
+  // answers and a random part of the other tokens.
+  void add(Batch& batch, const Story& story, int64_t room, uint64_t seed, uint64_t number) const {
     Rng rng(~seed, number);
     const size_t begin = batch.ids.size();
     for (size_t i = 0; i + 1 < story.ids.size(); ++i) {
       batch.ids.push_back(story.ids[i]);
       batch.targets.push_back(rng.uniform() < options_.text_fraction ? story.ids[i + 1] : -100);
     }
-    const size_t end = begin + static_cast<size_t>(options_.seq_len);
+    const size_t end = begin + static_cast<size_t>(room);
     batch.ids.resize(end, tokenizer_->eos_id());
     batch.targets.resize(end, -100);
     batch.answers.resize(end, 0);

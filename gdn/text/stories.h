@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The generated corpus of the demo: short stories in which people walk about and things change
-// hands and places, e.g. "Anna entered the kitchen. Anna found the lamp. Peter reached the kitchen.
-// Anna gave Peter the lamp." In each chapter two people act; then come three questions whose
-// answers need the latest of several overwritten facts of the story so far, "Where is Anna?
-// kitchen" or "Who has the lamp? Peter", each on a line of its own, and often about those of whom
-// nothing was told for long.
+// hands and places, e.g. "Anna entered the kitchen. The lamp came to Anna. Peter reached the
+// kitchen. Anna gave the lamp over to Peter." In each chapter two people act; then come three
+// questions whose answers need the latest of several overwritten facts of the story so far, "Where
+// is Anna? kitchen" or "Who has the lamp? Peter", each on a line of its own, and often about those
+// of whom nothing was told for long.
 //
 // A thing is taken only where it lies, handed over only between people in one place, and put down
 // where its holder is, so that a story is a possible world. Every question is answered by one

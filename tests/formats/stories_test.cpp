@@ -70,32 +70,38 @@ struct Reader {
 
   void read_sentence(const std::string& sentence) {
     const std::vector<std::string> w = words(sentence);
-    require(w.size() >= 4 && kPeople.count(w[0]), "no sentence: " + sentence);
+    require(w.size() >= 4 && (kPeople.count(w[0]) || w[0] == "The"), "no sentence: " + sentence);
     if (w.size() < 4) return;
     ++sentences;
     for (const std::string& word : w) ++named[word];
-    const std::string &who = w[0], &verb = w[1];
-    if (verb == "entered" || verb == "reached") {
-      require(kPlaces.count(w[3]) && where[who] != w[3], "goes nowhere: " + sentence);
-      where[who] = w[3];
-      ++had[who][w[3]];
-    } else if (verb == "found") {
-      require(!holder.count(w[3]) && !lies.count(w[3]), "was not lost: " + sentence);
-      set_holder(w[3], who);
-    } else if (verb == "took" || verb == "grabbed") {
-      require(lies.count(w[3]) && lies[w[3]] == where[who], "out of reach: " + sentence);
-      set_holder(w[3], who);
-    } else if (verb == "gave" || verb == "handed") {
-      require(w.size() == 5 && kPeople.count(w[2]) && w[2] != who, "to nobody: " + sentence);
-      require(holder[w[4]] == who && where[w[2]] == where[who], "cannot give: " + sentence);
-      set_holder(w[4], w[2]);
+    const std::string &first = w[0], &second = w[1], &last = w.back();
+    if (first == "The") {  // The lamp came to Anna. The lamp left with Anna.
+      require(w.size() == 5 && kPeople.count(last), "to nobody: " + sentence);
+      if (w[3] == "to") {
+        require(w[2] == "came" && !holder.count(second) && !lies.count(second),
+                "was not lost: " + sentence);
+      } else {
+        require((w[2] == "went" || w[2] == "left") && w[3] == "with", "unknown: " + sentence);
+        require(lies.count(second) && lies[second] == where[last], "out of reach: " + sentence);
+      }
+      set_holder(second, last);
+    } else if (second == "entered" || second == "reached") {
+      require(w.size() == 4 && kPlaces.count(last) && where[first] != last,
+              "goes nowhere: " + sentence);
+      where[first] = last;
+      ++had[first][last];
+    } else if (second == "gave" || second == "handed") {
+      require(w.size() == 7 && w[4] == "over" && kPeople.count(last) && last != first,
+              "to nobody: " + sentence);
+      require(holder[w[3]] == first && where[last] == where[first], "cannot give: " + sentence);
+      set_holder(w[3], last);
     } else {
-      require((verb == "put" || verb == "left") && w.size() == 7 && w[4] == "in",
+      require((second == "put" || second == "dropped") && w.size() == 7 && w[4] == "in",
               "unknown: " + sentence);
-      require(holder[w[3]] == who && where[who] == w[6], "cannot put: " + sentence);
+      require(holder[w[3]] == first && where[first] == last, "cannot put: " + sentence);
       holder.erase(w[3]);
-      lies[w[3]] = w[6];
-      ++had[w[3]][w[6]];
+      lies[w[3]] = last;
+      ++had[w[3]][last];
     }
   }
 
@@ -220,7 +226,7 @@ TEST(Stories, TheVocabularyReadsItsOwnTextBack) {
     ids.push_back(tokenizer->eos_id());
     EXPECT_EQ(ids, story.ids);
   }
-  EXPECT_EQ(tokenizer->encode("Anna found the lamp.\nWhere is Anna?").size(), 10u);
+  EXPECT_EQ(tokenizer->encode("Anna entered the tower.\nWhere is Anna?").size(), 10u);
   EXPECT_THROW(tokenizer->encode("Zoe entered the kitchen."), Error);
 }
 
@@ -257,47 +263,70 @@ TEST(Stories, GuessesScoreWhatAReaderCounts) {
   EXPECT_LT(guessed.any_value_of_key[kNumQuestions], 0.55);
 }
 
-TEST(StorySource, RowsAreStoriesWithTheirAnswersScored) {
+// The story behind a sequence of a batch: its tokens but the last one. Checks its targets.
+struct Scored {
+  int64_t answers = 0, other = 0, scored_other = 0;
+};
+Scored check_row(const Batch& batch, int64_t begin, int64_t end, const Story& story) {
+  Scored scored;
+  std::set<int64_t> answers;
+  for (const StoryAnswer& answer : story.answers) answers.insert(answer.position);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t next = i - begin + 1;
+    if (next >= static_cast<int64_t>(story.ids.size())) {
+      EXPECT_EQ(batch.targets[i], -100) << "padding is not scored";
+      EXPECT_EQ(batch.answers[i], 0);
+      continue;
+    }
+    EXPECT_EQ(batch.ids[i], story.ids[next - 1]);
+    EXPECT_EQ(batch.answers[i], answers.count(next));
+    const bool is_scored = batch.targets[i] != -100;
+    if (is_scored) {
+      EXPECT_EQ(batch.targets[i], story.ids[next]);
+    }
+    if (answers.count(next)) {
+      EXPECT_TRUE(is_scored);
+      ++scored.answers;
+    } else {
+      ++scored.other;
+      scored.scored_other += is_scored;
+    }
+  }
+  return scored;
+}
+
+TEST(StorySource, TrainingRowsAreOneTwoOrFourStoriesWithTheirAnswersScored) {
   StoryDataOptions options;
   options.batch_size = 5;
-  options.seq_len = 192;
+  options.seq_len = 258;
   options.text_fraction = 0.25;
   const auto source = make_story_source(options);
   double other = 0, scored_other = 0;
-  for (const int64_t index : {0, 1, 77}) {
+  std::map<int64_t, int> rooms;
+  for (int64_t index = 0; index < 40; ++index) {
     const Batch batch = source->train_batch(index);
-    ASSERT_EQ(batch.B, 5);
-    ASSERT_EQ(batch.T, 192);
-    ASSERT_EQ(batch.ids.size(), 5u * 192);
+    ASSERT_EQ(batch.B, 1);
+    ASSERT_EQ(batch.T, 5 * 258);
+    ASSERT_EQ(batch.ids.size(), 5u * 258);
     ASSERT_EQ(batch.targets.size(), batch.ids.size());
     ASSERT_EQ(batch.answers.size(), batch.ids.size());
-    for (int64_t row = 0; row < 5; ++row) {
-      const Story story = make_training_story(192, options.seed, index * 5 + row);
-      std::set<int64_t> answers;
-      for (const StoryAnswer& answer : story.answers) answers.insert(answer.position);
-      for (int64_t t = 0; t < 192; ++t) {
-        const int64_t i = row * 192 + t, next = t + 1,
-                      length = static_cast<int64_t>(story.ids.size());
-        if (next >= length) {
-          EXPECT_EQ(batch.targets[i], -100);
-          EXPECT_EQ(batch.answers[i], 0);
-          continue;
-        }
-        EXPECT_EQ(batch.ids[i], story.ids[t]);
-        EXPECT_EQ(batch.answers[i], answers.count(next));
-        if (answers.count(next)) {
-          EXPECT_EQ(batch.targets[i], story.ids[next]);
-        } else {
-          ++other;
-          scored_other += batch.targets[i] != -100;
-          if (batch.targets[i] != -100) {
-            EXPECT_EQ(batch.targets[i], story.ids[next]);
-          }
-        }
-      }
+    ASSERT_EQ(batch.cu_seqlens.front(), 0);
+    ASSERT_EQ(batch.cu_seqlens.back(), batch.T);
+    for (size_t n = 0, in_row = 0; n + 1 < batch.cu_seqlens.size(); ++n) {
+      const int64_t begin = batch.cu_seqlens[n], end = batch.cu_seqlens[n + 1], row = begin / 258;
+      in_row = begin % 258 == 0 ? 0 : in_row + 1;
+      const Story story =
+          make_training_story(end - begin, options.seed, (index * 5 + row) * 4 + in_row);
+      const Scored scored = check_row(batch, begin, end, story);
+      EXPECT_EQ(scored.answers, static_cast<int64_t>(story.answers.size()));
+      other += static_cast<double>(scored.other);
+      scored_other += static_cast<double>(scored.scored_other);
+      ++rooms[end - begin];
     }
   }
-  EXPECT_NEAR(scored_other / other, 0.25, 0.04);
+  EXPECT_NEAR(scored_other / other, 0.25, 0.02);
+  ASSERT_EQ(rooms.size(), 4u) << "258, 129, and 64 or 65";
+  for (const auto& [room, count] : rooms) EXPECT_GT(count, 40);
 }
 
 TEST(StorySource, ValidationIsTheHeldOutStoriesWhateverTheSeed) {
