@@ -22,8 +22,7 @@ import time
 # One malloc arena that keeps its pages: page faults would otherwise dominate the fallback's time, which is not
 # what is to be compared.
 TUNABLES = (
-    "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:"
-    "glibc.malloc.top_pad=268435456"
+    "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 )
 if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
     os.environ["GLIBC_TUNABLES"] = TUNABLES

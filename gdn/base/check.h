@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors of the torch-free part. A library never prints or exits: it throws gdn::Error, whose text names the
-// operation in brackets, the rule, and the offending value, e.g. "[chunk_kda] g must be [B,T,HV,K], got [2,16,4]".
+// Errors of the torch-free part. A library never prints or exits: it throws gdn::Error, whose text
+// names the operation in brackets, the rule, and the offending value, e.g. "[chunk_kda] g must be
+// [B,T,HV,K], got [2,16,4]".
 #pragma once
 
 #include <sstream>
@@ -15,7 +16,8 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A mistake in how a command was called or configured; the program exits with status 2 instead of 1.
+// A mistake in how a command was called or configured; the program exits with status 2 instead
+// of 1.
 class UsageError : public Error {
  public:
   using Error::Error;
@@ -32,8 +34,8 @@ std::string str_cat(const Args&... args) {
 }  // namespace gdn
 
 // Throws gdn::Error made of the message parts unless `condition` holds.
-#define GDN_CHECK(condition, ...)                                    \
-  do {                                                               \
-    if (!(condition)) [[unlikely]]                                   \
-      throw ::gdn::Error(::gdn::str_cat(__VA_ARGS__));               \
+#define GDN_CHECK(condition, ...)                      \
+  do {                                                 \
+    if (!(condition)) [[unlikely]]                     \
+      throw ::gdn::Error(::gdn::str_cat(__VA_ARGS__)); \
   } while (false)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types of the torch-free kernels and of files. bf16 and fp16 are storage types: kernels read them into
-// fp32, accumulate there, and round to nearest even on store.
+// Element types of the torch-free kernels and of files. bf16 and fp16 are storage types: kernels
+// read them into fp32, accumulate there, and round to nearest even on store.
 #pragma once
 
 #include <bit>
@@ -34,7 +34,8 @@ inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits}
 
 inline BFloat16 to_bf16(float x) {
   uint32_t u = std::bit_cast<uint32_t>(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40u)};  // quiet NaN
+  if ((u & 0x7fffffffu) > 0x7f800000u)
+    return {static_cast<uint16_t>((u >> 16) | 0x40u)};  // quiet NaN
   return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
 }
 
@@ -42,7 +43,8 @@ inline float to_float(Float16 h) {
   const uint32_t sign = (h.bits & 0x8000u) << 16;
   const uint32_t exponent = (h.bits >> 10) & 0x1fu, mantissa = h.bits & 0x3ffu;
   if (exponent == 0x1fu) return std::bit_cast<float>(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
   const float subnormal = static_cast<float>(mantissa) * 0x1p-24f;
   return sign ? -subnormal : subnormal;
 }
@@ -53,7 +55,8 @@ inline Float16 to_f16(float x) {
   const uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
-  if (magnitude < 0x38800000u) {  // below the smallest normal half: let an fp32 addition do the rounding
+  if (magnitude <
+      0x38800000u) {  // below the smallest normal half: let an fp32 addition do the rounding
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
   }
@@ -67,8 +70,8 @@ inline constexpr DType kDTypeOf = std::is_same_v<T, double>     ? DType::kF64
                                   : std::is_same_v<T, BFloat16> ? DType::kBF16
                                                                 : DType::kF16;
 
-// The type a kernel accumulates in: double for double, float for everything else. Gates, beta and states are
-// stored in it.
+// The type a kernel accumulates in: double for double, float for everything else. Gates, beta and
+// states are stored in it.
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

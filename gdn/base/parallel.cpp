@@ -26,8 +26,8 @@ int default_num_threads() {
 
 std::atomic<int> builtin_threads{default_num_threads()};
 
-// Threads start per call: this backend serves programs without torch and tests, where the simplest code that
-// is right counts for more than the few microseconds of a start.
+// Threads start per call: this backend serves programs without torch and tests, where the simplest
+// code that is right counts for more than the few microseconds of a start.
 void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
   const int64_t pieces_wanted = (end - begin + grain - 1) / grain;
   const int64_t threads = std::min<int64_t>(builtin_threads.load(), pieces_wanted);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one way kernels use threads. Inside libgdn the backend is at::parallel_for, so torch.set_num_threads and
-// OMP_NUM_THREADS rule; without torch it is a small pool of OMP_NUM_THREADS (default: all) threads.
+// The one way kernels use threads. Inside libgdn the backend is at::parallel_for, so
+// torch.set_num_threads and OMP_NUM_THREADS rule; without torch it is a small pool of
+// OMP_NUM_THREADS (default: all) threads.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,9 @@ struct ParallelBackend {
   int (*num_threads)();
 };
 
-// Calls fn on disjoint ranges that cover [begin, end), each at least `grain` long but the last. Which thread gets
-// which range is not fixed, so a kernel must give the same bits for every split. Exceptions reach the caller.
-// A call from inside fn runs serially.
+// Calls fn on disjoint ranges that cover [begin, end), each at least `grain` long but the last.
+// Which thread gets which range is not fixed, so a kernel must give the same bits for every split.
+// Exceptions reach the caller. A call from inside fn runs serially.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn);
 
 // How many threads parallel_for may use (>= 1).

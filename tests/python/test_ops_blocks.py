@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops of gdn/ops that are blocks of many mixers, as PyTorch sees them: schema, fake tensors, gradients, compile."""
+
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,18 +36,24 @@ CASES = [
     Case("l2norm", gdn.l2norm, lambda: (normal(2, 3, 5),), {}),
     Case("rms_norm", gdn.rms_norm, lambda: (normal(2, 3, 5), normal(5)), {"eps": 1e-3}),
     Case("rms_norm_gated", gdn.rms_norm_gated, lambda: (normal(2, 3, 5), normal(5), normal(2, 3, 5)), {}),
-    Case("rms_norm_gated-sigmoid", gdn.rms_norm_gated, lambda: (normal(4, 5), normal(5), normal(4, 5)),
-         {"activation": "sigmoid"}),
+    Case(
+        "rms_norm_gated-sigmoid",
+        gdn.rms_norm_gated,
+        lambda: (normal(4, 5), normal(5), normal(4, 5)),
+        {"activation": "sigmoid"},
+    ),
     Case("causal_conv1d", gdn.causal_conv1d, lambda: (normal(2, 6, 3), normal(3, 4)), {}),
-    Case("causal_conv1d-packed", gdn.causal_conv1d,
-         lambda: (normal(1, 7, 3), normal(3, 4), normal(3), normal(3, 3, 4), torch.tensor([0, 2, 2, 7])),
-         {"output_final_state": True, "activation": "silu"}),
+    Case(
+        "causal_conv1d-packed",
+        gdn.causal_conv1d,
+        lambda: (normal(1, 7, 3), normal(3, 4), normal(3), normal(3, 3, 4), torch.tensor([0, 2, 2, 7])),
+        {"output_final_state": True, "activation": "silu"},
+    ),
     Case("gdn_gate", gdn.gdn_gate, lambda: (normal(2, 5, 3), normal(3), normal(3)), {}),
     Case("kda_gate", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3), normal(12)), {}),
     Case("kda_gate-safe", gdn.kda_gate, lambda: (normal(2, 2, 3, 4), normal(3)), {"lower_bound": -5.0}),
     Case("beta_sigmoid", gdn.beta_sigmoid, lambda: (normal(2, 5, 3),), {"allow_neg_eigval": True}),
-    Case("cross_entropy", gdn.cross_entropy,
-         lambda: (normal(2, 3, 5), torch.tensor([[0, 4, -100], [2, 2, 1]])), {}),
+    Case("cross_entropy", gdn.cross_entropy, lambda: (normal(2, 3, 5), torch.tensor([[0, 4, -100], [2, 2, 1]])), {}),
     Case("swiglu", gdn.swiglu, lambda: (normal(2, 3, 5), normal(2, 3, 5)), {}),
     Case("rotary", gdn.rotary, lambda: (normal(2, 3, 2, 6), torch.arange(3)), {"rotary_dim": 4}),
 ]
