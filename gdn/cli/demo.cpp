@@ -21,6 +21,7 @@
 #include "gdn/cli/cli.h"
 #include "gdn/cli/text_plot.h"
 #include "gdn/eval/recall.h"
+#include "gdn/generate/engine.h"
 #include "gdn/model/checkpoint.h"
 #include "gdn/train/allocator.h"
 #include "gdn/train/config.h"
@@ -30,6 +31,8 @@ namespace gdn {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr const char* kPrompt = "Anna entered the kitchen. The lamp came to Anna.";
 
 struct DemoFlags {
   std::string config = "configs/demo.toml";
@@ -48,6 +51,7 @@ struct Contestant {
   std::vector<std::vector<int32_t>> answers;  // to the stories of the test
   std::vector<RecallScore> scores;
   std::vector<int32_t> sample_answers;  // to the sample story
+  std::string generated;                // what it goes on with after kPrompt
 };
 
 RunConfig demo_config(const DemoFlags& flags) {
@@ -75,6 +79,12 @@ void run(Contestant& c, const std::vector<Story>& stories, const Story& sample, 
   c.answers = answer_stories(*loaded.model, stories);
   c.scores = score_recall(stories, c.answers);
   c.sample_answers = answer_stories(*loaded.model, {sample})[0];
+  const auto tokenizer = make_story_tokenizer();
+  const Generator generator(*loaded.model, tokenizer.get());
+  GenerateOptions options;
+  options.max_new_tokens = 64;
+  options.sampling.seed = static_cast<uint64_t>(c.config.train.seed);
+  c.generated = generator.generate(generator.prefill(generator.encode(kPrompt)), options).text;
 }
 
 // Mean training loss over pieces of the run, as metrics.jsonl has it.
@@ -121,6 +131,17 @@ std::string told(const Story& story, const std::vector<const Contestant*>& conte
   return out;
 }
 
+// A generated text with its lines two spaces in.
+std::string indented(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == ' ' && (out.empty() || out.back() == ' ')) continue;  // words bring their own spaces
+    out += c;
+    if (c == '\n') out += "  ";
+  }
+  return out;
+}
+
 nlohmann::ordered_json summary(const Contestant& model, const Contestant& erase_off) {
   const auto rounded = [](double x) { return std::round(x * 1e4) / 1e4; };
   const RecallScore& all = model.scores.back();
@@ -153,8 +174,8 @@ nlohmann::ordered_json summary(const Contestant& model, const Contestant& erase_
 int run_demo(const DemoFlags& flags) {
   const RunConfig base = demo_config(flags);
   keep_freed_memory();
-  Contestant model{base.model.mixer.name, base, {}, {}, {}, {}},
-      erase_off{"erase off", base, {}, {}, {}, {}};
+  Contestant model{base.model.mixer.name, base, {}, {}, {}, {}, {}},
+      erase_off{"erase off", base, {}, {}, {}, {}, {}};
   model.config.train.out_dir = base.train.out_dir + "/model";
   erase_off.config.train.out_dir = base.train.out_dir + "/erase-off";
   set_mixer_option(erase_off.config, "erase=false");
@@ -179,7 +200,8 @@ int run_demo(const DemoFlags& flags) {
          "among the words "
          "of the story so far.\n"
       << "\nOne more story, with the answers of both:\n\n"
-      << told(sample, {&model, &erase_off});
+      << told(sample, {&model, &erase_off}) << "\nA story that " << model.name
+      << " makes up after \"" << kPrompt << "\":\n\n  " << indented(model.generated) << "\n";
   const std::string path = base.train.out_dir + "/summary.json";
   atomic_write_file(path, summary(model, erase_off).dump(2) + "\n");
   std::cout << "\n"

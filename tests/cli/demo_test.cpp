@@ -80,7 +80,8 @@ TEST_F(Demo, ReportsBothModelsAndCanBeRunAgain) {
         << err_;
     EXPECT_THAT(out_, HasSubstr("erase off"));
     EXPECT_THAT(out_, HasSubstr("Where is <person>?"));
-    EXPECT_THAT(out_, HasSubstr("entered the"));
+    EXPECT_THAT(out_, HasSubstr(" reached the"));
+    EXPECT_THAT(out_, HasSubstr("makes up after"));
     EXPECT_THAT(err_, HasSubstr("step 4/4"));
     std::ifstream file(folder_ / "runs" / "summary.json");
     summary = nlohmann::json::parse(file);
