@@ -81,9 +81,10 @@ TEST(RunConfig, WrongTypesAndRangesAreNamed) {
             "[config] run.toml: data.batch_size must be from 1 to 1048576, got 0");
   EXPECT_EQ(error_of([] { parse("[train]\nlr = nan\n"); }),
             "[config] run.toml: train.lr must be a finite number");
-  EXPECT_EQ(error_of([] { parse("[train]\ndtype = \"fp23\"\n"); }),
-            "[config] run.toml: train.dtype must be one of fp32, bf16, got \"fp23\" (did you mean "
-            "\"fp32\"?)");
+  EXPECT_EQ(
+      error_of([] { parse("[train]\ndtype = \"fp23\"\n"); }),
+      "[config] run.toml: train.dtype must be one of fp32, bf16, auto, got \"fp23\" (did you mean "
+      "\"fp32\"?)");
   EXPECT_THAT(error_of([] { parse("[model]\nmixer = 3\n"); }), HasSubstr("model.mixer must be"));
   EXPECT_THAT(error_of([] { parse("[model]\nlayers = 3\n"); }), HasSubstr("must be a list"));
   EXPECT_THAT(error_of([] { parse("[[model.layers]]\nrepeat = 0\n"); }),
