@@ -57,7 +57,9 @@ TEST(Registry, EntriesAreComplete) {
     for (const MixerOption& option : info.options) {
       EXPECT_TRUE(options.insert(option.name).second) << option.name;
       EXPECT_FALSE(option.help.empty()) << info.name << " " << option.name;
-      if (option.default_value.is_null()) EXPECT_THAT(option.help, HasSubstr("default: "));
+      if (option.default_value.is_null()) {
+        EXPECT_THAT(option.help, HasSubstr("default: "));
+      }
     }
     // Null asks for the default; giving every default must change nothing.
     json all = json::object();
