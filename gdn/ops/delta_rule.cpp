@@ -134,11 +134,13 @@ void check_heads(const char* op, const Inputs& x, bool step) {
     check_acc(op, "g", x.g, x.q);
   }
   if (x.beta.defined()) {
-    if (step) {
-      check_sizes(op, "beta", x.beta, "[N,HV]", {n, HV});
-    } else {
-      check_sizes(op, "beta", x.beta, "[B,T,HV]", {n, t, HV});
-    }
+    const bool channel = x.beta.dim() == lead + 2;
+    const char* layout =
+        step ? (channel ? "[N,HV,V]" : "[N,HV]") : (channel ? "[B,T,HV,V]" : "[B,T,HV]");
+    if (step && channel) check_sizes(op, "beta", x.beta, layout, {n, HV, V});
+    if (step && !channel) check_sizes(op, "beta", x.beta, layout, {n, HV});
+    if (!step && channel) check_sizes(op, "beta", x.beta, layout, {n, t, HV, V});
+    if (!step && !channel) check_sizes(op, "beta", x.beta, layout, {n, t, HV});
     check_acc(op, "beta", x.beta, x.q);
   }
 }
@@ -188,6 +190,7 @@ struct Call {
     params.gate = !x.g.defined()               ? DeltaGate::kNone
                   : x.g.dim() == x.q.dim() - 1 ? DeltaGate::kScalar
                                                : DeltaGate::kChannel;
+    params.channel_beta = x.beta.defined() && x.beta.dim() == x.q.dim();
     params.erase = erase_of(kOp, x.erase);
     params.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(params.K)));
     params.chunk_size = static_cast<int>(x.chunk_size);

@@ -28,8 +28,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // erase: "none" (a = 0), "key" (a = k), "own" (a given), "separate" (a and p given, beta absent).
 // form: "chunk", "recurrent" (token by token, faster for short T) or "naive" (the double-precision
-// token loop). g: [B,T,HV] or [B,T,HV,K], beta: [B,T,HV], a and p: [B,T,H,K]; g, beta and the
-// initial state in float32 (float64 for float64 q). scale: K^-0.5 by default. chunk_size: 0
+// token loop). g: [B,T,HV] or [B,T,HV,K], beta: [B,T,HV] or [B,T,HV,V], a and p: [B,T,H,K]; g, beta
+// and the initial state in float32 (float64 for float64 q). scale: K^-0.5 by default. chunk_size: 0
 // (automatic), 16, 32 or 64. Returns (o, final_state, saved). `saved` is what a call of
 // delta_rule_bwd can use instead of computing it again: empty unless save is true; differentiable
 // calls keep it to themselves.
@@ -60,9 +60,9 @@ delta_rule_bwd(const OptionalTensor& d_o, const OptionalTensor& d_final_state, c
 }
 
 // One token for each of N sequences, in place on a pool of states: q, k, a, p [N,H,K], v [N,HV,V],
-// g [N,HV] or [N,HV,K], beta [N,HV], state [num_slots,HV,K,V] contiguous, slots int64 [N], all
-// different; sequence n uses state[slots[n]], or state[n] without slots. Where a slot is negative o
-// is zero and nothing is changed. Not differentiable. Returns o [N,HV,V].
+// g [N,HV] or [N,HV,K], beta [N,HV] or [N,HV,V], state [num_slots,HV,K,V] contiguous, slots int64
+// [N], all different; sequence n uses state[slots[n]], or state[n] without slots. Where a slot is
+// negative o is zero and nothing is changed. Not differentiable. Returns o [N,HV,V].
 inline at::Tensor delta_rule_step_(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                    const OptionalTensor& g, const OptionalTensor& beta,
                                    const OptionalTensor& a, const OptionalTensor& p,

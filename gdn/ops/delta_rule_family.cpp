@@ -42,27 +42,34 @@ Tensor flip(const Tensor& state, bool v_first) {
   return v_first && state.dim() == 4 ? state.transpose(2, 3).contiguous() : state;
 }
 
+// What every op of the family takes besides its tensors per token.
+struct Common {
+  std::optional<double> scale{};
+  OptionalTensor initial_state{};
+  bool output_final_state = false;
+  OptionalTensor cu_seqlens{};
+  int64_t chunk_size = 0;
+  bool state_v_first = false;
+};
+
 // One call of the family.
 struct Call {
   const char* op;
+  Common common;
   Tensor q, k, v;
   OptionalTensor g{}, beta{}, a{}, p{};
-  std::optional<double> scale{};
-  OptionalTensor initial_state{}, cu_seqlens{};
-  bool output_final_state = false;
-  bool state_v_first = false;
   const char* erase = "key";
   const char* form = "chunk";
-  int64_t chunk_size = 0;
 
   Result run() const {
     return named(op, [&]() -> Result {
-      OptionalTensor initial = to_acc(initial_state, q);
-      if (has(initial)) initial = flip(*initial, state_v_first);
+      OptionalTensor initial = to_acc(common.initial_state, q);
+      if (has(initial)) initial = flip(*initial, common.state_v_first);
       auto [o, final_state, saved] =
-          delta_rule(q, k, v, to_acc(g, q), to_acc(beta, q), a, p, scale, initial, cu_seqlens,
-                     output_final_state, erase, form, chunk_size, /*save=*/false);
-      return {o, flip(final_state, state_v_first)};
+          delta_rule(q, k, v, to_acc(g, q), to_acc(beta, q), a, p, common.scale, initial,
+                     common.cu_seqlens, common.output_final_state, erase, form, common.chunk_size,
+                     /*save=*/false);
+      return {o, flip(final_state, common.state_v_first)};
     });
   }
 };
@@ -104,14 +111,10 @@ Result chunk_gated_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
                               bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
                               bool state_v_first, const OptionalTensor& cu_seqlens,
                               int64_t chunk_size) {
-  Call call{"chunk_gated_delta_rule", q, k, v, g, beta};
+  const Common common{scale,      initial_state, output_final_state,
+                      cu_seqlens, chunk_size,    state_v_first};
+  Call call{"chunk_gated_delta_rule", common, q, k, v, g, beta};
   check_dim(call.op, "g", g, 3, "[B,T,HV]");
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
-  call.state_v_first = state_v_first;
-  call.chunk_size = chunk_size;
   apply({use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, std::nullopt,
          use_beta_sigmoid_in_kernel, allow_neg_eigval},
         /*channel_gate=*/false, call);
@@ -127,13 +130,9 @@ Result fused_recurrent_gated_delta_rule(const Tensor& q, const Tensor& k, const 
                                         const OptionalTensor& dt_bias,
                                         bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval,
                                         bool state_v_first, const OptionalTensor& cu_seqlens) {
-  Call call{"fused_recurrent_gated_delta_rule", q, k, v, g, beta};
+  const Common common{scale, initial_state, output_final_state, cu_seqlens, 0, state_v_first};
+  Call call{"fused_recurrent_gated_delta_rule", common, q, k, v, g, beta};
   if (has(g)) check_dim(call.op, "g", *g, 3, "[B,T,HV]");
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
-  call.state_v_first = state_v_first;
   call.form = "recurrent";
   apply({use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, std::nullopt,
          use_beta_sigmoid_in_kernel, allow_neg_eigval},
@@ -152,7 +151,9 @@ Result chunk_kda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const OptionalTensor& dt_bias, bool safe_gate, std::optional<double> lower_bound,
                  bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval, bool state_v_first,
                  const OptionalTensor& cu_seqlens, int64_t chunk_size) {
-  Call call{"chunk_kda", q, k, v, g, beta};
+  const Common common{scale,      initial_state, output_final_state,
+                      cu_seqlens, chunk_size,    state_v_first};
+  Call call{"chunk_kda", common, q, k, v, g, beta};
   check_dim(call.op, "g", g, 4, "[B,T,HV,K]");
   if (lower_bound.has_value()) {
     GDN_CHECK(*lower_bound < 0 && *lower_bound >= -5,
@@ -160,12 +161,6 @@ Result chunk_kda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   }
   GDN_CHECK(!safe_gate || !use_gate_in_kernel || lower_bound.has_value(),
             "[chunk_kda] safe_gate=True with use_gate_in_kernel=True needs lower_bound");
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
-  call.state_v_first = state_v_first;
-  call.chunk_size = chunk_size;
   apply({use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
          safe_gate ? lower_bound : std::nullopt, use_beta_sigmoid_in_kernel, allow_neg_eigval},
         /*channel_gate=*/true, call);
@@ -176,12 +171,8 @@ Result chunk_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const
                         std::optional<double> scale, const OptionalTensor& initial_state,
                         bool output_final_state, bool use_qk_l2norm_in_kernel,
                         const OptionalTensor& cu_seqlens, int64_t chunk_size) {
-  Call call{"chunk_delta_rule", q, k, v, std::nullopt, beta};
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
-  call.chunk_size = chunk_size;
+  const Common common{scale, initial_state, output_final_state, cu_seqlens, chunk_size};
+  Call call{"chunk_delta_rule", common, q, k, v, std::nullopt, beta};
   InKernel in;
   in.qk_l2norm = use_qk_l2norm_in_kernel;
   apply(in, false, call);
@@ -193,14 +184,10 @@ Result linear(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
               const OptionalTensor& g, const char* layout, std::optional<double> scale,
               const OptionalTensor& initial_state, bool output_final_state,
               const OptionalTensor& cu_seqlens, int64_t chunk_size) {
-  Call call{op, q, k, v, g};
+  const Common common{scale, initial_state, output_final_state, cu_seqlens, chunk_size};
+  Call call{op, common, q, k, v, g};
   if (has(g)) check_dim(op, "g", *g, std::string_view(layout).ends_with("K]") ? 4 : 3, layout);
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
   call.erase = "none";
-  call.chunk_size = chunk_size;
   return call.run();
 }
 
@@ -243,14 +230,10 @@ Result chunk_dplr_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const Tensor& b, const Tensor& gk, std::optional<double> scale,
                              const OptionalTensor& initial_state, bool output_final_state,
                              const OptionalTensor& cu_seqlens, int64_t chunk_size) {
-  Call call{"chunk_dplr_delta_rule", q, k, v, gk, std::nullopt, a, b};
+  const Common common{scale, initial_state, output_final_state, cu_seqlens, chunk_size};
+  Call call{"chunk_dplr_delta_rule", common, q, k, v, gk, std::nullopt, a, b};
   check_dim(call.op, "gk", gk, 4, "[B,T,HV,K]");
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
   call.erase = "separate";
-  call.chunk_size = chunk_size;
   return call.run();
 }
 
@@ -258,11 +241,8 @@ Result naive_gated_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
                               const OptionalTensor& g, const OptionalTensor& beta,
                               std::optional<double> scale, const OptionalTensor& initial_state,
                               bool output_final_state, const OptionalTensor& cu_seqlens) {
-  Call call{"naive_gated_delta_rule", q, k, v, g, beta};
-  call.scale = scale;
-  call.initial_state = initial_state;
-  call.cu_seqlens = cu_seqlens;
-  call.output_final_state = output_final_state;
+  const Common common{scale, initial_state, output_final_state, cu_seqlens};
+  Call call{"naive_gated_delta_rule", common, q, k, v, g, beta};
   call.form = "naive";
   return call.run();
 }
@@ -273,7 +253,8 @@ Tensor gated_delta_rule_step_(const Tensor& q, const Tensor& k, const Tensor& v,
                               bool use_qk_l2norm_in_kernel, bool use_gate_in_kernel,
                               const OptionalTensor& A_log, const OptionalTensor& dt_bias,
                               bool use_beta_sigmoid_in_kernel, bool allow_neg_eigval) {
-  Call call{"gated_delta_rule_step_", q, k, v, g, beta};
+  const Common common{};
+  Call call{"gated_delta_rule_step_", common, q, k, v, g, beta};
   apply({use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias, std::nullopt,
          use_beta_sigmoid_in_kernel, allow_neg_eigval},
         /*channel_gate=*/has(g) && g->dim() == 3, call);

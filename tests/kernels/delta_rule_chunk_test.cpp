@@ -24,6 +24,7 @@ TEST(DeltaRuleChunk, EveryMemberInDouble) {
         c.erase = erase;
         c.range = range;
         c.seed = ++seed;
+        c.channel_beta = seed % 4 < 2;
         c.HV = seed % 2 == 0 ? 2 : 4;
         c.K = 11;
         c.V = 19;
@@ -48,6 +49,7 @@ TEST(DeltaRuleChunk, EveryMemberInFloat) {
         c.range = range;
         c.dtype = DType::kF32;
         c.seed = ++seed;
+        c.channel_beta = seed % 4 == 0;
         c.K = 40;
         c.V = 36;
         c.lengths = {83, 64, 5};
@@ -72,6 +74,7 @@ TEST(DeltaRuleChunk, EveryInstructionSet) {
           c.gate = gate;
           c.erase = erase;
           c.dtype = dtype;
+          c.channel_beta = dtype == DType::kF32;
           c.K = 20;
           c.V = 21;
           c.lengths = {40, 3};
@@ -136,6 +139,7 @@ TEST(DeltaRuleChunk, OptionsInCombination) {
     c.H = 1 + i % 2;
     c.HV = c.H * (1 + i / 2 % 3);
     c.beta = i % 7 % 2 == 0;
+    c.channel_beta = i % 5 % 2 == 0;
     c.initial = i % 11 % 2 == 0;
     c.final_state = i % 13 % 2 == 0;
     c.chunk_size = (const int[]){0, 16, 32, 64}[(i + i / 4) % 4];

@@ -39,6 +39,7 @@ TEST(DeltaRuleNaive, GradientsEqualFiniteDifferences) {
       Case c;
       c.gate = gate;
       c.erase = erase;
+      c.channel_beta = gate != DeltaGate::kScalar;
       c.H = 1;
       c.HV = 2;
       c.K = 3;

@@ -67,13 +67,14 @@ struct Case {
   GateRange range = GateRange::kMild;
   uint64_t seed = 1;
   bool packed = true;  // by cu_seqlens, else by equal lengths
+  bool channel_beta = false;
 };
 
 inline std::string name(const Case& c) {
-  std::string s =
-      str_cat("gate", int(c.gate), " erase", int(c.erase), " dtype", int(c.dtype), " H", c.H, " HV",
-              c.HV, " K", c.K, " V", c.V, " chunk", c.chunk_size, " beta", c.beta, " initial",
-              c.initial, " final", c.final_state, " range", int(c.range), " T");
+  std::string s = str_cat("gate", int(c.gate), " erase", int(c.erase), " dtype", int(c.dtype), " H",
+                          c.H, " HV", c.HV, " K", c.K, " V", c.V, " chunk", c.chunk_size, " beta",
+                          c.beta + (c.beta && c.channel_beta), " initial", c.initial, " final",
+                          c.final_state, " range", int(c.range), " T");
   for (int64_t t : c.lengths) s += str_cat(" ", t);
   return s;
 }
@@ -137,10 +138,12 @@ struct Problem {
       params.g = g.data();
     }
     if (c.beta && c.erase != DeltaErase::kSeparate) {
-      Vec values(T * c.HV);
+      beta_size = T * c.HV * (c.channel_beta ? c.V : 1);
+      Vec values(beta_size);
       for (double& e : values) e = rng.uniform() < 0.1 ? 0.0 : 2.0 * rng.uniform();
       beta = Buffer(acc, values);
       params.beta = beta.data();
+      params.channel_beta = c.channel_beta;
     }
     state_size = N * c.HV * c.K * c.V;
     if (c.initial) {
@@ -166,9 +169,7 @@ struct Problem {
     if (params.a != nullptr) r.da = Buffer::poisoned(params.dtype, key_size());
     if (params.p != nullptr) r.dp = Buffer::poisoned(params.dtype, key_size());
     r.dg = Buffer::poisoned(acc(), gate_size);
-    if (params.beta != nullptr) {
-      r.dbeta = Buffer::poisoned(acc(), params.total_tokens * params.HV);
-    }
+    if (params.beta != nullptr) r.dbeta = Buffer::poisoned(acc(), beta_size);
     if (spec.initial) r.d_initial = Buffer::poisoned(acc(), state_size);
     return r;
   }
@@ -196,7 +197,7 @@ struct Problem {
   Results naive() {
     Results r;
     Vec o(value_size()), final_state(state_size), dq(key_size()), dk(dq), da(dq), dp(dq), dv(o),
-        dg(gate_size), dbeta(params.total_tokens * params.HV), ds(state_size);
+        dg(gate_size), dbeta(beta_size), ds(state_size);
     delta_rule_naive_forward(params, o.data(), final_state.data());
     const Vec grad_o = d_o.values(), grad_state = d_final.values();
     delta_rule_naive_backward(
@@ -222,7 +223,7 @@ struct Problem {
   DeltaRuleParams params;
   std::vector<int64_t> cu_seqlens;
   Buffer q, k, v, a, p, g, beta, initial, d_o, d_final;
-  int64_t gate_size = 0, state_size = 0;
+  int64_t gate_size = 0, beta_size = 0, state_size = 0;
 };
 
 // ||x - y|| / ||y||, or ||x|| where y is zero; NaN if anything is.

@@ -40,6 +40,7 @@ TEST(DeltaRuleRecurrent, EveryMemberAndDtype) {
         c.lengths = {17, 0, 1, 40};
         c.initial = seed % 3 != 0;
         c.beta = seed % 5 != 0;
+        c.channel_beta = seed % 4 < 2;
         check_recurrent(c, bound);
       }
     }
@@ -85,7 +86,7 @@ class TokenByToken {
     x.a = gather(3, x_.a, t, x.H * x.K * elem_);
     x.p = gather(4, x_.p, t, x.H * x.K * elem_);
     x.g = gather(5, x_.g, t, x.HV * (x.gate == DeltaGate::kChannel ? x.K : 1) * acc_);
-    x.beta = gather(6, x_.beta, t, x.HV * acc_);
+    x.beta = gather(6, x_.beta, t, x.HV * (x.channel_beta ? x.V : 1) * acc_);
     return x;
   }
 
@@ -119,6 +120,7 @@ TEST(DeltaRuleStep, StepsEqualTheWholeSequence) {
         c.V = V;
         c.dtype = seed % 3 == 0 ? DType::kF32 : DType::kF64;
         c.beta = seed % 4 != 0;
+        c.channel_beta = seed % 8 < 4;
         constexpr int64_t kLength = 6;
         c.lengths = {kLength, kLength, kLength};
         const double bound = c.dtype == DType::kF32 ? 2e-6 : 1e-13;

@@ -27,13 +27,13 @@ struct Backward {
     d_values = carve.take<T>(L.panels * W * C * PW);
     xdo = carve.take<T>(L.panels * 2 * C * PW);
     xdoT = carve.take<T>(PW * 2 * C);
-    v = carve.take<T>(L.panels * C * PW);
+    if (core.x.beta != nullptr) rests = carve.take<T>(L.panels * C * PW);
+    if (core.x.beta != nullptr) d_betas = carve.take<T>(L.panels * C * PW);
     dZ = carve.take<T>(2 * C * W * C);
     readT = carve.take<T>(Kp * 2 * C);
     writeT = carve.take<T>(Kp * W * C);
     d_bq = carve.take<T>(2 * C * Kp);
     d_w = carve.take<T>(W * C * Kp);
-    b_beta = core.x.beta != nullptr ? carve.take<T>(C * Kp) : core.bq;
     d_end = carve.take<T>(Kp);
     dG = carve.take<T>(L.channel ? C * Kp : C);
     d_beta = carve.take<T>(C);
@@ -85,19 +85,22 @@ struct Backward {
 
   T* state(int64_t i, int64_t c) { return states + (i * per_segment + c) * core.L.state_size(); }
 
-  // The values the chunk wrote: U as forward saved it (or beta v), and V behind it in the separate
-  // form.
+  // The values the chunk wrote: U, and V behind it in the separate form. Where there is a beta,
+  // what forward saved (or v) comes without it, and is kept in `rests`.
   void load_written(const T* saved, int64_t t, size_t count, int64_t hv) {
     const auto& x = core.x;
     const size_t half = core.L.C * core.L.PW, stride = core.L.W * half;
-    if (x.erase == DeltaErase::kNone) {
-      core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr, values,
-                       stride);
-    } else {
-      core.load_values(kDTypeOf<T>, saved, t, count, hv, nullptr, values, stride);
+    const bool erases = x.erase != DeltaErase::kNone, has_beta = x.beta != nullptr;
+    core.load_values(erases ? kDTypeOf<T> : x.dtype, erases ? saved : x.v, t, count, hv,
+                     has_beta ? rests : values, stride);
+    if (has_beta) {
+      core.load_betas(t, count, hv);
+      for (size_t p = 0; p < core.L.panels; ++p) {
+        core.times_beta(p, rests + p * half, values + p * half);
+      }
     }
     if (x.erase == DeltaErase::kSeparate) {
-      core.load_values(x.dtype, x.v, t, count, hv, nullptr, values + half, stride);
+      core.load_values(x.dtype, x.v, t, count, hv, values + half, stride);
     }
   }
 
@@ -157,8 +160,6 @@ struct Backward {
     core.load_gate(t, count, hv);
     core.decay_readers();
     core.scores();
-    if (x.beta != nullptr && L.first == 0)
-      scale_rows<T>(C, Kp, core.bq, nullptr, false, core.beta, b_beta);
     std::fill_n(dZ, 2 * C * L.W * C, T(0));
     std::fill_n(readT, Kp * 2 * C, T(0));
     std::fill_n(writeT, Kp * L.W * C, T(0));
@@ -172,13 +173,12 @@ struct Backward {
     load_written(saved, t, count, hv);
     T* d_out = xdo + C * L.PW;
     if (grads.d_o != nullptr) {
-      core.load_values(x.dtype, grads.d_o, t, count, hv, nullptr, d_out, 2 * C * L.PW);
+      core.load_values(x.dtype, grads.d_o, t, count, hv, d_out, 2 * C * L.PW);
     } else {
       for (size_t p = 0; p < L.panels; ++p) std::fill_n(d_out + p * 2 * C * L.PW, C * L.PW, T(0));
     }
-    if (x.beta != nullptr) core.load_values(x.dtype, x.v, t, count, hv, nullptr, v, C * L.PW);
     for (size_t p = 0; p < L.panels; ++p) {
-      panel(count, p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
+      panel(p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
     }
     core.store_values(x.dtype, grads.dv, t, count, hv, d_values + (L.W - 1) * C * L.PW,
                       L.W * C * L.PW);
@@ -196,10 +196,9 @@ struct Backward {
     for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, h);
     for (const void* keys : {grads.dq, grads.dk, grads.da, grads.dp})
       core.expect_keys(keys, t, n, h);
-    for (const void* values : {x.v, grads.d_o, static_cast<const void*>(grads.dv)}) {
-      core.expect_values(x.dtype, values, t, n, hv);
-    }
-    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
+    core.expect_values(x.dtype, grads.d_o, t, n, hv);
+    core.expect_values(x.dtype, grads.dv, t, n, hv);
+    expect_written(saved, t, n, hv);
     const auto& L = core.L;
     core.ahead.spread(
         std::max<size_t>(1, L.panels * L.Kp * (2 + 3 * L.W * L.C / L.PW) / kTileRows));
@@ -210,14 +209,19 @@ struct Backward {
     const auto& x = core.x;
     core.ahead.clear();
     for (const void* keys : {x.k, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
-    core.expect_values(x.dtype, x.v, t, n, hv);
-    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
+    expect_written(saved, t, n, hv);
     core.ahead.spread(core.L.panels * core.L.Kp / kTileRows);
+  }
+  void expect_written(const T* saved, int64_t t, size_t n, int64_t hv) {
+    const auto& x = core.x;
+    const bool reads_v = x.erase == DeltaErase::kNone || x.erase == DeltaErase::kSeparate;
+    if (reads_v) core.expect_values(x.dtype, x.v, t, n, hv);
+    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
   }
 
   // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
   // start.
-  void panel(size_t count, size_t p, const T* s, T* ds) {
+  void panel(size_t p, const T* s, T* ds) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, WC = L.W * C, columns = L.columns(p);
     T *x_do = xdo + p * 2 * C * PW, *d_out = x_do + C * PW, *d_value = d_values + p * WC * PW;
@@ -228,11 +232,21 @@ struct Backward {
       gemm_lower_transposed(C, columns, core.Z + C * WC + half * C, WC, d_out, PW,
                             d_value + half * C * PW, PW);
     }
+    const bool has_beta = core.x.beta != nullptr;
+    T* d_beta = has_beta ? d_betas + p * C * PW : nullptr;  // first the gradient of U itself
     if (L.first == 0) {
-      solve_lower_transposed(C, columns, core.Z, WC, d_value, PW);
+      core.with_beta(p, [&](auto factors) HWY_ATTR {
+        solve_lower_transposed(C, columns, core.Z, WC, factors, d_value, PW, d_beta);
+      });
       std::copy_n(d_value, C * PW, x_do);
+    } else if (has_beta) {
+      std::copy_n(d_value, C * PW, d_beta);
+      core.times_beta(p, d_value, d_value);
     }
-    value_grads(count, columns, p, x_do, d_value);
+    if (has_beta) beta_grads(columns, rests + p * C * PW, d_beta);
+    if (core.x.erase == DeltaErase::kSeparate) {
+      gemm_lower_transposed(C, columns, core.Z + C, WC, x_do, PW, d_value + C * PW, PW);
+    }
 
     transpose(WC, columns, value, PW, valuesT, WC);
     transpose(2 * C - L.first, columns, x_do + L.first * PW, PW, xdoT + L.first, 2 * C);
@@ -266,35 +280,27 @@ struct Backward {
                            [this]() HWY_ATTR { core.ahead.some_rows(); });
   }
 
-  // dv and dbeta's part of it, from the gradient of what was written.
-  void value_grads(size_t count, size_t columns, size_t p, const T* X, T* d_value) {
-    const auto& x = core.x;
-    const auto& L = core.L;
-    const size_t C = L.C, PW = L.PW;
-    T* dv = d_value + (L.W - 1) * C * PW;
-    if (x.erase == DeltaErase::kSeparate) {
-      gemm_lower_transposed(C, columns, core.Z + C, L.W * C, X, PW, dv, PW);
-    }
-    if (x.beta == nullptr) return;
-    const T* value = v + p * C * PW;
-    for (size_t i = 0; i < count; ++i) {
-      d_beta[i] += dot(columns, value + i * PW, dv + i * PW);
-      scale_rows<T>(1, columns, dv + i * PW, nullptr, false, core.beta + i, dv + i * PW);
+  // From U without beta, and the gradient of U, one panel: beta's gradient in place of the latter.
+  void beta_grads(size_t columns, const T* rest, T* d_u) {
+    const size_t PW = core.L.PW;
+    const Tag<T> d;
+    for (size_t i = 0; i < core.L.C; ++i) {
+      auto sum = hn::Zero(d);
+      for (size_t j = i * PW; j < i * PW + columns; j += hn::Lanes(d)) {
+        const auto product = hn::Mul(hn::Load(d, rest + j), hn::Load(d, d_u + j));
+        hn::Store(product, d, d_u + j);
+        sum = hn::Add(sum, product);
+      }
+      d_beta[i] += hn::GetLane(hn::SumOfLanes(d, sum));
     }
   }
 
-  // d_bq and d_w from what the panels left in dZ, readT and writeT. The erase's rows of d_bq, and
-  // dZ, are without their factor beta until the end, because dbeta needs them so.
+  // d_bq and d_w from what the panels left in dZ, readT and writeT.
   void key_grads() {
-    const auto& x = core.x;
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, WC = L.W * C;
-    const T erase_factor = x.erase == DeltaErase::kSeparate ? T(1) : T(-1);
     transpose(Kp, 2 * C - L.first, readT + L.first, 2 * C, d_bq + L.first * Kp, Kp);
-    if (L.first == 0) {
-      std::fill_n(tmp, C, erase_factor);
-      scale_rows<T>(C, Kp, d_bq, core.erase_decay(), L.channel, tmp, d_bq);
-    }
+    if (L.first == 0) scale_rows<T>(C, Kp, d_bq, core.erase_decay(), L.channel, core.f, d_bq);
     scale_rows<T>(C, Kp, d_bq + C * Kp, core.query_decay(), L.channel, core.f + C, d_bq + C * Kp);
     transpose(Kp, WC, writeT, WC, d_w, Kp);
     for (size_t half = 0; half < L.W; ++half) {
@@ -304,7 +310,7 @@ struct Backward {
         add_product(Kp, core.w + (half * C + j) * Kp, dw + j * Kp, d_end);
     }
     for (size_t i = L.first; i < 2 * C; ++i) {
-      core.apply_decay(i, i < C ? erase_factor : core.f[i], dZ + i * WC);
+      core.apply_decay(i, core.f[i], dZ + i * WC);
     }
     for (size_t half = 0; half < L.W; ++half) {
       const T* ws = core.w + half * C * Kp;
@@ -315,7 +321,7 @@ struct Backward {
       }
       if (L.first == 0) {
         gemm_lower(C, Kp, dZ + half * C, WC, ws, Kp, d_bq, Kp);
-        gemm_lower_transposed(C, Kp, dZ + half * C, WC, b_beta, Kp, dw, Kp);
+        gemm_lower_transposed(C, Kp, dZ + half * C, WC, core.bq, Kp, dw, Kp);
       }
       gemm_lower(C, Kp, dZ + C * WC + half * C, WC, ws, Kp, d_bq + C * Kp, Kp);
       gemm_lower_transposed(C, Kp, dZ + C * WC + half * C, WC, core.bq + C * Kp, Kp, dw, Kp);
@@ -329,7 +335,7 @@ struct Backward {
     const Tag<T> d;
     const T* query_dz = dz + C * ld;
     if (r > 0) {
-      core.decay_sub_block(r, b_beta, ws);
+      core.decay_sub_block(r, core.bq, ws);
       const T* sub_q = core.sub_bq + kSub * Kp;
       if (L.first == 0) {
         gemm<Into::kSet, false>(kSub, Kp, r, dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
@@ -394,7 +400,7 @@ struct Backward {
       const auto q = hn::Load(d, core.bq + (C + i) * Kp + c);
       sum = hn::MulAdd(hn::Set(d, dz[(C + i) * ld + j]), q, sum);
       if (L.first == 0) {
-        const auto b = hn::Mul(hn::Set(d, dz[i * ld + j]), hn::Load(d, b_beta + i * Kp + c));
+        const auto b = hn::Mul(hn::Set(d, dz[i * ld + j]), hn::Load(d, core.bq + i * Kp + c));
         sum = L.old_state ? hn::MulAdd(sum, decay, b) : hn::Mul(hn::Add(sum, b), decay);
       } else {
         sum = hn::Mul(sum, decay);
@@ -405,17 +411,17 @@ struct Backward {
     hn::Store(hn::Add(sum, hn::Load(d, dw + j * Kp + c)), d, dw + j * Kp + c);
   }
 
-  // dbeta and the erase's factor beta, then dg from the keys and their gradients.
+  // dbeta, then dg from the keys and their gradients.
   void gate_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
     const auto& x = core.x;
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, WC = L.W * C;
-    if (x.beta != nullptr) {
+    if (x.channel_beta) {
+      core.store_values(kDTypeOf<T>, grads.dbeta, t, count, hv, d_betas, C * L.PW);
+    } else if (x.beta != nullptr) {
       for (size_t i = 0; i < count; ++i) {
-        if (L.first == 0) d_beta[i] += dot(Kp, core.bq + i * Kp, d_bq + i * Kp);
         static_cast<T*>(grads.dbeta)[(t + i) * x.HV + hv] = d_beta[i];
       }
-      if (L.first == 0) scale_rows<T>(C, Kp, d_bq, nullptr, false, core.beta, d_bq);
     }
     if (x.gate == DeltaGate::kNone) return;
     // dG_i is what token i's cumulated decay gets; the erase of the separate form reads that of
@@ -464,10 +470,11 @@ struct Backward {
   T *values, *valuesT;     // [W C][PW], [PW][W C]: what the chunk wrote
   T* d_values;             // [W C][PW]
   T *xdo, *xdoT;           // [2C][PW]: X and dO, [PW][2C]
-  T* v;                    // [C][PW]
+  T* rests = nullptr;      // [C][PW] values without beta
+  T* d_betas = nullptr;    // [C][PW] gradient of beta per value channel
   T* dZ;                   // [2C][W C]
   T *readT, *writeT;       // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
-  T *d_bq, *d_w, *b_beta;  // [2C][Kp], [W C][Kp]; beta b
+  T *d_bq, *d_w;           // [2C][Kp], [W C][Kp]
   T *d_end, *dG, *d_beta;  // [Kp], [C] or [C][Kp], [C]
   T *sum_bq, *sum_w;       // d_bq, d_w over the value heads of the group
   T* tmp;                  // [C][Kp]

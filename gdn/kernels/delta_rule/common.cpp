@@ -52,6 +52,8 @@ void check_params(const DeltaRuleParams& p, const char* op) {
               "] total_tokens must be a multiple of num_sequences without cu_seqlens, got ",
               p.total_tokens, " and ", p.num_sequences);
   }
+  GDN_CHECK(!p.channel_beta || p.beta != nullptr || p.total_tokens == 0, "[", op,
+            "] beta must be given with channel_beta");
   GDN_CHECK(p.erase != DeltaErase::kSeparate || p.beta == nullptr, "[", op,
             "] beta must be null with a separate erase");
   if (p.total_tokens == 0) return;

@@ -179,6 +179,7 @@ struct Core {
     D = carve.take<T>(C * C);
     f = carve.take<T>(2 * C);
     beta = carve.take<T>(C);
+    if (x.channel_beta) betas = carve.take<T>(L.panels * C * L.PW);
     if (L.channel) {
       sub_bq = carve.take<T>(2 * kSub * Kp);
       sub_w = carve.take<T>(C * Kp);
@@ -217,15 +218,15 @@ struct Core {
     }
   }
 
-  // Decay tables, beta, and the keys with their decays, for value head hv.
+  // Decay tables, beta per row, and the keys with their decays, for value head hv.
   void load_gate(int64_t t0, size_t n, int64_t hv) {
     const size_t C = L.C, Kp = L.Kp;
     const Tag<T> d;
     const T erase_sign = x.erase == DeltaErase::kSeparate ? T(1) : T(-1);
+    const T* row_beta = x.channel_beta ? nullptr : static_cast<const T*>(x.beta);
     for (size_t i = 0; i < C; ++i) {
-      beta[i] =
-          x.beta != nullptr && i < n ? static_cast<const T*>(x.beta)[(t0 + i) * x.HV + hv] : T(1);
-      f[i] = erase_sign * beta[i];
+      beta[i] = row_beta != nullptr && i < n ? row_beta[(t0 + i) * x.HV + hv] : T(1);
+      f[i] = erase_sign;
       f[C + i] = static_cast<T>(x.scale);
     }
     const size_t width = L.channel ? Kp : 1;
@@ -413,19 +414,16 @@ struct Core {
     }
   }
 
-  // Rows [0, n) of values times their factors (null: 1) into panels, zero below: row i of panel p
-  // goes to dst + p * stride + i * PW. Whole rows at a time, because tokens lie HV * V elements
-  // apart in memory.
-  void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, const T* s,
-                   T* dst, size_t stride) const {
+  // Rows [0, n) of values into panels, zero below: row i of panel p goes to dst + p * stride + i *
+  // PW. Whole rows at a time, because tokens lie HV * V elements apart in memory.
+  void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, T* dst,
+                   size_t stride) const {
     const Tag<T> d;
     for (size_t i = 0; i < n; ++i) {
       load_row(dtype, src, ((t0 + i) * x.HV + hv) * x.V, L.V, row);
-      const auto f = hn::Set(d, s != nullptr ? s[i] : T(1));
       for (size_t p = 0; p < L.panels; ++p) {
         for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
-          hn::Store(hn::Mul(f, hn::Load(d, row + p * L.PW + j)), d,
-                    dst + p * stride + i * L.PW + j);
+          hn::Store(hn::Load(d, row + p * L.PW + j), d, dst + p * stride + i * L.PW + j);
         }
       }
     }
@@ -444,6 +442,33 @@ struct Core {
       }
       store_row(dtype, dst, ((t0 + i) * x.HV + hv) * x.V, L.V, out_row);
     }
+  }
+
+  void load_betas(int64_t t0, size_t n, int64_t hv) const {
+    if (x.channel_beta) {
+      load_values(kDTypeOf<T>, x.beta, t0, n, hv, betas, L.C * L.PW);
+    }
+  }
+  // Calls f with the factors beta of panel p.
+  template <class F>
+  HWY_INLINE void with_beta(size_t p, F&& f) const {
+    if (x.channel_beta) {
+      f(ElementFactors<T>{betas + p * L.C * L.PW, L.PW});
+    } else {
+      f(RowFactors<T>{beta});
+    }
+  }
+  // y = beta * values, one panel.
+  void times_beta(size_t p, const T* values, T* y) const {
+    const Tag<T> d;
+    with_beta(p, [&](auto factors) HWY_ATTR {
+      for (size_t i = 0; i < L.C; ++i) {
+        for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
+          const size_t at = i * L.PW + j;
+          hn::Store(hn::Mul(factors.at(i, j), hn::Load(d, values + at)), d, y + at);
+        }
+      }
+    });
   }
 
   // States: [K][V] outside, panels inside.
@@ -497,7 +522,8 @@ struct Core {
   T* Z;           // [2C][W C] scores
   T *e, *E, *Eh;  // decay of each token; product up to token i in row i+1; product after token i
   T* D;           // [C][C] product over j+1..i, scalar gate only
-  T *f, *beta;    // [2C] row factors: -beta or +1 for the erase, scale for queries; [C]
+  T *f, *beta;    // [2C] row factors: -1 or (separate) +1 for the erase, scale for queries; [C]
+  T* betas = nullptr;  // [panels][C][PW] beta per value channel
   T *sub_bq = nullptr, *sub_w = nullptr, *sub_wT = nullptr;  // channel gate: see decay_sub_block
   T* run;                                                    // [Kp]
   T *row, *out_row;  // [panels PW] one row of values on its way in or out

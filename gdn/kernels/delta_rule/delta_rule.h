@@ -44,7 +44,8 @@ struct DeltaRuleParams {
   const void* p = nullptr;  // T [T_total,H,K], kSeparate
   const void* g =
       nullptr;  // A [T_total,HV] (kScalar) or [T_total,HV,K] (kChannel), natural log, <= 0
-  const void* beta = nullptr;           // A [T_total,HV]; null means 1
+  const void* beta = nullptr;  // A [T_total,HV], or [T_total,HV,V] with channel_beta; null means 1
+  bool channel_beta = false;   // beta has one factor per value channel instead of one per head
   const void* initial_state = nullptr;  // A [N,HV,K,V]; null means 0
 };
 

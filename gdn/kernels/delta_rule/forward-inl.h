@@ -21,6 +21,7 @@ struct Forward {
     state = carve.take<T>(L.state_size());
     reads = carve.take<T>(L.panels * 2 * L.C * L.PW);
     values = carve.take<T>(L.panels * L.W * L.C * L.PW);
+    if (params.beta != nullptr) rests = carve.take<T>(L.panels * L.C * L.PW);
   }
 
   void run(const DeltaRuleOutputs& out, int64_t n, int64_t hv, int64_t saved_offset) {
@@ -52,17 +53,21 @@ struct Forward {
       }
       const bool last = t + C >= range.end && out.final_state == nullptr;
       const size_t read_stride = 2 * C * L.PW, value_stride = L.W * C * L.PW;
-      core.load_values(x.dtype, x.v, t, count, hv, x.beta != nullptr ? core.beta : nullptr,
-                       values + (L.W - 1) * C * L.PW, value_stride);
+      core.load_values(x.dtype, x.v, t, count, hv, values + (L.W - 1) * C * L.PW, value_stride);
+      core.load_betas(t, count, hv);
+      const bool keep_rests = saved_values != nullptr && x.beta != nullptr;
       for (size_t p = 0; p < L.panels; ++p) {
-        panel(p, reads + p * read_stride, values + p * value_stride);
+        panel(p, reads + p * read_stride, values + p * value_stride,
+              keep_rests ? rests + p * C * L.PW : nullptr);
         if (!last) {
           T* s = state + p * L.Kp * L.PW;
           core.advance_state(p, values + p * value_stride, s, s);
         }
       }
       core.store_values(x.dtype, out.o, t, count, hv, reads + C * L.PW, read_stride);
-      if (saved_values != nullptr) {
+      if (keep_rests) {
+        core.store_values(kDTypeOf<T>, saved_values, t, count, hv, rests, C * L.PW);
+      } else if (saved_values != nullptr) {
         core.store_values(kDTypeOf<T>, saved_values, t, count, hv, values, value_stride);
       }
     }
@@ -84,9 +89,9 @@ struct Forward {
     core.ahead.spread(L.panels * (2 * L.C - L.first + L.Kp) / kTileRows);
   }
 
-  // On entry `value` holds beta v, or V in its second half (separate form); on return U, and V
-  // behind it. The second half of `read` becomes O.
-  void panel(size_t p, T* read, T* value) {
+  // On entry `value` holds V (separate form: in its second half); on return U, and V behind it in
+  // the separate form. The second half of `read` becomes O, `rest` (or null) U without beta.
+  void panel(size_t p, T* read, T* value, T* rest) {
     const auto& L = core.L;
     const size_t C = L.C, PW = L.PW, columns = L.columns(p), ld = L.W * C;
     gemm<Into::kSet, false>(2 * C - L.first, columns, L.Kp, core.bqE + L.first * L.Kp, L.Kp,
@@ -98,7 +103,13 @@ struct Forward {
     } else if (L.first == 0) {
       add_scaled(C * PW, read, T(1), value);
     }
-    if (L.first == 0) solve_lower(C, columns, core.Z, ld, value, PW);
+    if (L.first == 0) {
+      core.with_beta(p, [&](auto factors) HWY_ATTR {
+        solve_lower(C, columns, core.Z, ld, factors, value, PW, rest);
+      });
+    } else if (core.x.beta != nullptr) {
+      core.times_beta(p, value, value);
+    }
     for (size_t s = 0; s < L.W; ++s) {
       gemm_lower(C, columns, core.Z + C * ld + s * C, ld, value + s * C * PW, PW, read + C * PW,
                  PW);
@@ -106,9 +117,10 @@ struct Forward {
   }
 
   Core<T> core;
-  T* state;   // [panels][Kp][PW]
-  T* reads;   // [panels][2C][PW]
-  T* values;  // [panels][W C][PW]
+  T* state;            // [panels][Kp][PW]
+  T* reads;            // [panels][2C][PW]
+  T* values;           // [panels][W C][PW]
+  T* rests = nullptr;  // [panels][C][PW] values without beta
 };
 
 }  // namespace HWY_NAMESPACE

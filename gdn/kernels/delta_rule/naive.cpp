@@ -26,9 +26,9 @@ Vec read_row(const void* base, int64_t token, int64_t heads, int64_t head, int64
 
 // One token's inputs for one value head; absent ones take their neutral value.
 struct Token {
-  Vec q, k, v, a, p,
-      decay;  // decay [K]: exp(g), the same number in every channel for a scalar gate
-  double beta = 1.0;
+  Vec q, k, v, a, p;
+  Vec decay;  // [K]: exp(g), the same number in every channel for a scalar gate
+  Vec beta;   // [V]
 };
 
 template <typename T>
@@ -51,7 +51,12 @@ Token read_token(const DeltaRuleParams& x, int64_t t, int64_t hv) {
     r.decay = read_row<A>(x.g, t, x.HV, hv, x.K);
     for (double& d : r.decay) d = std::exp(d);
   }
-  if (x.beta != nullptr) r.beta = static_cast<const A*>(x.beta)[t * x.HV + hv];
+  r.beta.assign(x.V, 1.0);
+  if (x.beta != nullptr && x.channel_beta) {
+    r.beta = read_row<A>(x.beta, t, x.HV, hv, x.V);
+  } else if (x.beta != nullptr) {
+    r.beta.assign(x.V, static_cast<const A*>(x.beta)[t * x.HV + hv]);
+  }
   return r;
 }
 
@@ -115,7 +120,7 @@ Step advance(const DeltaRuleParams& x, const Token& token, const Vec& state) {
   } else {
     s.read = transposed_times(s.decayed, token.a, x.K, x.V);
     s.u.resize(x.V);
-    for (int64_t j = 0; j < x.V; ++j) s.u[j] = token.beta * (token.v[j] - s.read[j]);
+    for (int64_t j = 0; j < x.V; ++j) s.u[j] = token.beta[j] * (token.v[j] - s.read[j]);
   }
   add_outer(s.after, token.k, s.u);
   return s;
@@ -179,11 +184,18 @@ void retreat(const DeltaRuleParams& x, const Token& token, const Step& s, int64_
     da = times(s.before, d_read, K, V);
     add_outer(d_before, token.a, d_read);
   } else {
-    accumulate(grads.dv, row, scaled(du, token.beta));
-    if (grads.dbeta != nullptr) {
-      for (int64_t j = 0; j < V; ++j) grads.dbeta[row] += du[j] * (token.v[j] - s.read[j]);
+    Vec dv = du, dbeta = du;
+    for (int64_t j = 0; j < V; ++j) {
+      dv[j] *= token.beta[j];
+      dbeta[j] *= token.v[j] - s.read[j];
     }
-    const Vec d_read = scaled(du, -token.beta);
+    accumulate(grads.dv, row, dv);
+    if (x.channel_beta) {
+      accumulate(grads.dbeta, row, dbeta);
+    } else if (grads.dbeta != nullptr) {
+      grads.dbeta[row] += dot(dbeta, Vec(V, 1.0));
+    }
+    const Vec d_read = scaled(dv, -1.0);
     da = times(s.decayed, d_read, K, V);
     add_outer(d_decayed, token.a, d_read);
   }
@@ -248,7 +260,7 @@ void delta_rule_naive_backward(const DeltaRuleParams& x, const double* d_o,
   delta_rule::check_params(x, "delta_rule_naive_backward");
   for (double* p : {dq, dk, da, dp}) zero(p, x.total_tokens * x.H * x.K);
   zero(dv, x.total_tokens * x.HV * x.V);
-  zero(dbeta, x.total_tokens * x.HV);
+  zero(dbeta, x.total_tokens * x.HV * (x.channel_beta ? x.V : 1));
   zero(dg, x.total_tokens * x.HV * (x.gate == DeltaGate::kChannel ? x.K : 1));
   const NaiveGrads grads{dq, dk, dv, da, dp, dg, dbeta};
   dispatch_dtype(x.dtype, [&](auto t) {

@@ -29,6 +29,7 @@ struct Token {
         k(carve.take<T>(Kp)),
         p(params.erase == DeltaErase::kSeparate ? carve.take<T>(Kp) : nullptr),
         v(carve.take<T>(Vp)),
+        beta(carve.take<T>(Vp)),
         r(carve.take<T>(Vp)),
         y(carve.take<T>(Vp)) {}
 
@@ -43,7 +44,13 @@ struct Token {
     keys(x.k, k);
     load_row(x.dtype, x.v, row * x.V, x.V, v);
     std::fill(v + x.V, v + Vp, T(0));
-    beta = x.beta != nullptr ? static_cast<const T*>(x.beta)[row] : T(1);
+    const T* betas = static_cast<const T*>(x.beta);
+    if (x.channel_beta) {
+      std::copy_n(betas + row * x.V, x.V, beta);
+    } else {
+      std::fill_n(beta, x.V, betas != nullptr ? betas[row] : T(1));
+    }
+    std::fill(beta + x.V, beta + Vp, T(0));
     if (x.erase == DeltaErase::kKey) std::copy_n(k, Kp, erase);
     if (delta_rule::has_a(x.erase)) keys(x.a, erase);
     kq = dot(Kp, k, query);
@@ -68,7 +75,7 @@ struct Token {
   // From what the sweep has read for columns [j, j + n): turns v into u and y into the output.
   void solve(const DeltaRuleParams& x, size_t j, size_t n) {
     const Tag<T> d;
-    const auto b = hn::Set(d, beta), alpha = hn::Set(d, kq), gamma = hn::Set(d, pq);
+    const auto alpha = hn::Set(d, kq), gamma = hn::Set(d, pq);
     const auto scale = hn::Set(d, static_cast<T>(x.scale));
     for (const size_t end = j + n; j < end; j += hn::Lanes(d)) {
       auto u = hn::Load(d, v + j);
@@ -78,7 +85,7 @@ struct Token {
         out = hn::MulAdd(gamma, read, out);
       } else {
         if (x.erase != DeltaErase::kNone) u = hn::Sub(u, read);
-        u = hn::Mul(b, u);
+        u = hn::Mul(hn::Load(d, beta + j), u);
         hn::Store(u, d, v + j);
       }
       out = hn::MulAdd(alpha, u, out);
@@ -87,8 +94,9 @@ struct Token {
   }
 
   T *decay = nullptr, *erase = nullptr, *query = nullptr, *k = nullptr, *p = nullptr;  // [Kp]
-  T *v = nullptr, *r = nullptr, *y = nullptr;  // [Vp]: v, then u; S^T erase; S^T query, then o
-  T beta = T(1), kq = T(0), pq = T(0);
+  T *v = nullptr, *beta = nullptr;  // [Vp]: v, then u
+  T *r = nullptr, *y = nullptr;     // [Vp]: S^T erase; S^T query, then o
+  T kq = T(0), pq = T(0);
 };
 
 // One sweep over a block of kVectors vectors of columns: applies `update` to the state, and reads

@@ -102,8 +102,24 @@ HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const
   }
 }
 
-template <size_t kVectors, bool kUpper, typename T>
-HWY_INLINE void solve_tile(const T* HWY_RESTRICT z, size_t ldz, T* HWY_RESTRICT x, size_t ldx) {
+// Factors s of a triangular solve: one per row, or one per element.
+template <typename T>
+struct RowFactors {
+  const T* s;
+  HWY_INLINE hn::Vec<Tag<T>> at(size_t i, size_t) const { return hn::Set(Tag<T>(), s[i]); }
+};
+template <typename T>
+struct ElementFactors {
+  const T* s;
+  size_t ld;
+  HWY_INLINE hn::Vec<Tag<T>> at(size_t i, size_t j) const {
+    return hn::LoadU(Tag<T>(), s + i * ld + j);
+  }
+};
+
+template <size_t kVectors, bool kUpper, typename T, class Factors>
+HWY_INLINE void solve_tile(size_t first, const T* HWY_RESTRICT z, size_t ldz, Factors factors,
+                           T* HWY_RESTRICT x, size_t ldx, T* HWY_RESTRICT raw) {
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
   using V = hn::Vec<Tag<T>>;
@@ -111,8 +127,12 @@ HWY_INLINE void solve_tile(const T* HWY_RESTRICT z, size_t ldz, T* HWY_RESTRICT 
   for (size_t i = 0; i < kTileRows; ++i) {
     for (size_t j = 0; j < kVectors; ++j) row[i][j] = hn::LoadU(d, x + i * ldx + j * n);
   }
-  for (size_t step = 0; step + 1 < kTileRows; ++step) {
+  for (size_t step = 0; step < kTileRows; ++step) {
     const size_t s = kUpper ? kTileRows - 1 - step : step;
+    for (size_t j = 0; j < kVectors; ++j) {
+      if (raw != nullptr) hn::StoreU(row[s][j], d, raw + s * ldx + j * n);
+      row[s][j] = hn::Mul(row[s][j], factors.at(first + s, j * n));
+    }
     for (size_t i = 0; i < kTileRows; ++i) {
       if (kUpper ? i >= s : i <= s) continue;
       const V f = hn::Set(d, kUpper ? z[s * ldz + i] : z[i * ldz + s]);
@@ -124,8 +144,9 @@ HWY_INLINE void solve_tile(const T* HWY_RESTRICT z, size_t ldz, T* HWY_RESTRICT 
   }
 }
 
-template <size_t kVectors, bool kUpper, typename T>
-HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, T* x, size_t ldx) {
+template <size_t kVectors, bool kUpper, typename T, class Factors>
+HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, Factors factors, T* x, size_t ldx,
+                            T* raw) {
   for (size_t step = 0; step < m; step += kTileRows) {
     const size_t i = kUpper ? m - kTileRows - step : step;
     if (kUpper) {
@@ -136,23 +157,26 @@ HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, T* x, size_t ldx) 
       gemm_tile<kTileRows, kVectors, Into::kAdd, false>(i, z + i * ldz, ldz, x, ldx, x + i * ldx,
                                                         ldx);
     }
-    solve_tile<kVectors, kUpper>(z + i * ldz + i, ldz, x + i * ldx, ldx);
+    solve_tile<kVectors, kUpper>(i, z + i * ldz + i, ldz, factors, x + i * ldx, ldx,
+                                 raw != nullptr ? raw + i * ldx : nullptr);
   }
 }
 
-// X[m,n] <- (I - Z)^-1 X for strictly lower triangular Z[m,m]; n is at most panel_width, m a
-// multiple of kTileRows.
-template <typename T>
-HWY_INLINE void solve_lower(size_t m, size_t n, const T* z, size_t ldz, T* x, size_t ldx) {
-  n > lanes<T>() ? solve_panel<2, false>(m, z, ldz, x, ldx)
-                 : solve_panel<1, false>(m, z, ldz, x, ldx);
+// X[m,n] <- Y with R = X + Z Y, Y = s * R, for strictly lower triangular Z[m,m] and factors s; n is
+// at most panel_width, m a multiple of kTileRows. R goes to `raw`, laid out as X, unless it is
+// null.
+template <typename T, class Factors>
+HWY_INLINE void solve_lower(size_t m, size_t n, const T* z, size_t ldz, Factors factors, T* x,
+                            size_t ldx, T* raw) {
+  n > lanes<T>() ? solve_panel<2, false>(m, z, ldz, factors, x, ldx, raw)
+                 : solve_panel<1, false>(m, z, ldz, factors, x, ldx, raw);
 }
-// X <- (I - Z)^-T X, same Z.
-template <typename T>
-HWY_INLINE void solve_lower_transposed(size_t m, size_t n, const T* z, size_t ldz, T* x,
-                                       size_t ldx) {
-  n > lanes<T>() ? solve_panel<2, true>(m, z, ldz, x, ldx)
-                 : solve_panel<1, true>(m, z, ldz, x, ldx);
+// The same with R = X + Z^T Y.
+template <typename T, class Factors>
+HWY_INLINE void solve_lower_transposed(size_t m, size_t n, const T* z, size_t ldz, Factors factors,
+                                       T* x, size_t ldx, T* raw) {
+  n > lanes<T>() ? solve_panel<2, true>(m, z, ldz, factors, x, ldx, raw)
+                 : solve_panel<1, true>(m, z, ldz, factors, x, ldx, raw);
 }
 
 // C += Z B for lower triangular Z[m,m] (entries above the diagonal are zero, and mostly not read).
