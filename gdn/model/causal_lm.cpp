@@ -98,7 +98,8 @@ void initialize(torch::nn::Module& model, double range) {
     if (bias.defined()) bias.zero_();
   };
   for (const auto& module : model.modules(/*include_self=*/false)) {
-    if (auto* linear = dynamic_cast<Linear*>(module.get())) reset(linear->weight, linear->bias);
+    if (auto* linear = dynamic_cast<Linear*>(module.get()); linear && !linear->keeps_initialisation)
+      reset(linear->weight, linear->bias);
     if (auto* conv = dynamic_cast<ShortConvolution*>(module.get())) reset(conv->weight, conv->bias);
     if (auto* embedding = dynamic_cast<Embedding*>(module.get())) reset(embedding->weight, {});
   }

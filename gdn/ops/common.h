@@ -8,18 +8,23 @@
 //   schema  TORCH_LIBRARY_FRAGMENT(gdn, m):      x(...) and x_bwd(...), functional
 //   CPU     TORCH_LIBRARY_IMPL(gdn, CPU, m):     check, allocate, call the kernel
 //   Meta    TORCH_LIBRARY_IMPL(gdn, Meta, m):    shapes by SymInt
-//   grad    TORCH_LIBRARY_IMPL(gdn, Autograd, m): a torch::autograd::Function whose backward calls
-//   x_bwd, and
+//   grad    TORCH_LIBRARY_IMPL(gdn, Autograd, m): with_autograd of a torch::autograd::Function
+//   whose
+//                                                backward calls x_bwd, and
 //                                                autogradNotImplementedFallback() for x_bwd
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 
+#include <concepts>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "gdn/base/check.h"
 #include "gdn/base/dtype.h"
@@ -112,5 +117,45 @@ template <typename... Tensors>
 bool wants_grad(const Tensors&... t) {
   return c10::GradMode::is_enabled() && (differentiable(t) || ...);
 }
+
+// The Autograd kernel of an op with the C++ entry `op`: Function::apply where an input is
+// differentiable, else the kernel below, without the graph's bookkeeping.
+//   m.impl("swiglu", with_autograd<Swiglu, &swiglu>);
+template <typename Function, auto op>
+struct AutogradKernel;
+
+template <typename Function, typename Result, typename... Args, Result (*op)(Args...)>
+struct AutogradKernel<Function, op> {
+  static Result call(Args... args) {
+    if (c10::GradMode::is_enabled() && (argument_is_differentiable(args) || ...)) {
+      if constexpr (std::same_as<Result, at::Tensor>) {
+        return Function::apply(args...);
+      } else {
+        return as_tuple(Function::apply(args...),
+                        std::make_index_sequence<std::tuple_size_v<Result>>());
+      }
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op(args...);
+  }
+
+ private:
+  template <typename T>
+  static bool argument_is_differentiable(const T& t) {
+    if constexpr (std::same_as<T, at::Tensor> || std::same_as<T, std::optional<at::Tensor>>) {
+      return differentiable(t);
+    } else {
+      return false;
+    }
+  }
+
+  template <typename List, size_t... i>
+  static Result as_tuple(const List& list, std::index_sequence<i...>) {
+    return {list[i]...};
+  }
+};
+
+template <typename Function, auto op>
+inline constexpr auto* with_autograd = &AutogradKernel<Function, op>::call;
 
 }  // namespace gdn::ops

@@ -107,16 +107,6 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 };
 
-std::tuple<Tensor, Tensor> cross_entropy_autograd(const Tensor& logits, const Tensor& targets,
-                                                  int64_t ignore_index) {
-  if (wants_grad(logits)) {
-    const variable_list out = CrossEntropy::apply(logits, targets, ignore_index);
-    return {out[0], out[1]};
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return cross_entropy(logits, targets, ignore_index);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -139,7 +129,7 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("cross_entropy", with_autograd<CrossEntropy, &cross_entropy>);
   m.impl("cross_entropy_bwd", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -250,25 +250,6 @@ struct BetaSigmoid : torch::autograd::Function<BetaSigmoid> {
   }
 };
 
-Tensor gdn_gate_autograd(const Tensor& a, const Tensor& A_log, const optional<Tensor>& dt_bias) {
-  if (wants_grad(a, A_log, dt_bias)) return GdnGate::apply(a, A_log, dt_bias);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return gdn_gate(a, A_log, dt_bias);
-}
-
-Tensor kda_gate_autograd(const Tensor& a, const Tensor& A_log, const optional<Tensor>& dt_bias,
-                         optional<double> lower_bound) {
-  if (wants_grad(a, A_log, dt_bias)) return KdaGate::apply(a, A_log, dt_bias, lower_bound);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return kda_gate(a, A_log, dt_bias, lower_bound);
-}
-
-Tensor beta_sigmoid_autograd(const Tensor& b, bool allow_neg_eigval) {
-  if (wants_grad(b)) return BetaSigmoid::apply(b, allow_neg_eigval);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return beta_sigmoid(b, allow_neg_eigval);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -304,9 +285,9 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("gdn_gate", gdn_gate_autograd);
-  m.impl("kda_gate", kda_gate_autograd);
-  m.impl("beta_sigmoid", beta_sigmoid_autograd);
+  m.impl("gdn_gate", with_autograd<GdnGate, &gdn_gate>);
+  m.impl("kda_gate", with_autograd<KdaGate, &kda_gate>);
+  m.impl("beta_sigmoid", with_autograd<BetaSigmoid, &beta_sigmoid>);
   for (const char* op : {"gdn_gate_bwd", "kda_gate_bwd", "beta_sigmoid_bwd"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }

@@ -225,25 +225,6 @@ struct RmsNormGated : torch::autograd::Function<RmsNormGated> {
   }
 };
 
-Tensor l2norm_autograd(const Tensor& x, double eps) {
-  if (wants_grad(x)) return L2Norm::apply(x, eps);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return l2norm(x, eps);
-}
-
-Tensor rms_norm_autograd(const Tensor& x, const Tensor& weight, double eps) {
-  if (wants_grad(x, weight)) return RmsNorm::apply(x, weight, eps);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return rms_norm(x, weight, eps);
-}
-
-Tensor rms_norm_gated_autograd(const Tensor& x, const Tensor& weight, const Tensor& gate,
-                               double eps, std::string_view activation) {
-  if (wants_grad(x, weight, gate)) return RmsNormGated::apply(x, weight, gate, eps, activation);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return rms_norm_gated(x, weight, gate, eps, activation);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -280,9 +261,9 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("l2norm", l2norm_autograd);
-  m.impl("rms_norm", rms_norm_autograd);
-  m.impl("rms_norm_gated", rms_norm_gated_autograd);
+  m.impl("l2norm", with_autograd<L2Norm, &l2norm>);
+  m.impl("rms_norm", with_autograd<RmsNorm, &rms_norm>);
+  m.impl("rms_norm_gated", with_autograd<RmsNormGated, &rms_norm_gated>);
   for (const char* op : {"l2norm_bwd", "rms_norm_bwd", "rms_norm_gated_bwd"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }

@@ -87,13 +87,6 @@ struct Rotary : torch::autograd::Function<Rotary> {
   }
 };
 
-Tensor rotary_autograd(const Tensor& x, const Tensor& positions, double theta,
-                       optional<int64_t> rotary_dim) {
-  if (wants_grad(x)) return Rotary::apply(x, positions, theta, rotary_dim);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return rotary(x, positions, theta, rotary_dim);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -112,7 +105,7 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("rotary", rotary_autograd);
+  m.impl("rotary", with_autograd<Rotary, &rotary>);
   m.impl("rotary_bwd", torch::autograd::autogradNotImplementedFallback());
 }
 

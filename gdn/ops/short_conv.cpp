@@ -246,21 +246,6 @@ struct CausalConv1d : torch::autograd::Function<CausalConv1d> {
   }
 };
 
-std::tuple<Tensor, Tensor> causal_conv1d_autograd(const Tensor& x, const Tensor& weight,
-                                                  const optional<Tensor>& bias,
-                                                  const optional<Tensor>& initial_state,
-                                                  const optional<Tensor>& cu_seqlens,
-                                                  bool output_final_state,
-                                                  optional<string_view> activation) {
-  if (wants_grad(x, weight, bias, initial_state)) {
-    const variable_list out = CausalConv1d::apply(x, weight, bias, initial_state, cu_seqlens,
-                                                  output_final_state, activation);
-    return {out[0], out[1]};
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return causal_conv1d(x, weight, bias, initial_state, cu_seqlens, output_final_state, activation);
-}
-
 Tensor causal_conv1d_update_autograd(const Tensor& x, Tensor& conv_state, const Tensor& weight,
                                      const optional<Tensor>& bias, const optional<Tensor>& slots,
                                      optional<string_view> activation) {
@@ -304,7 +289,7 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("causal_conv1d", causal_conv1d_autograd);
+  m.impl("causal_conv1d", with_autograd<CausalConv1d, &causal_conv1d>);
   m.impl("causal_conv1d_update_", causal_conv1d_update_autograd);
   m.impl("causal_conv1d_bwd", torch::autograd::autogradNotImplementedFallback());
 }

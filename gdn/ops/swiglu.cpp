@@ -86,12 +86,6 @@ struct Swiglu : torch::autograd::Function<Swiglu> {
   }
 };
 
-Tensor swiglu_autograd(const Tensor& gate, const Tensor& up) {
-  if (wants_grad(gate, up)) return Swiglu::apply(gate, up);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return swiglu(gate, up);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gdn, m) {
@@ -110,7 +104,7 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
-  m.impl("swiglu", swiglu_autograd);
+  m.impl("swiglu", with_autograd<Swiglu, &swiglu>);
   m.impl("swiglu_bwd", torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -114,9 +114,11 @@ at::Tensor RmsNorm::forward(const at::Tensor& x, bool naive) {
   return ops::rms_norm(x, weight, eps_);
 }
 
-at::Tensor RmsNorm::forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive) {
-  if (naive) return naive::rms_norm(x, weight.to(x.scalar_type()), eps_) * at::silu(gate);
-  return ops::rms_norm_gated(x, weight, gate, eps_, "silu");
+at::Tensor RmsNorm::forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive,
+                                  std::string_view activation) {
+  if (!naive) return ops::rms_norm_gated(x, weight, gate, eps_, activation);
+  const at::Tensor normed = naive::rms_norm(x, weight.to(x.scalar_type()), eps_);
+  return normed * (activation == "sigmoid" ? at::sigmoid(gate) : at::silu(gate));
 }
 
 namespace naive {

@@ -7,6 +7,7 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <string_view>
 
 #include "gdn/mixers/common/state_access.h"
 
@@ -19,6 +20,9 @@ class Linear : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x /* [...,in] */);  // [...,out]
 
   at::Tensor weight, bias;
+  // A mixer whose initialisation is part of its definition sets this; the model then leaves the
+  // values alone.
+  bool keeps_initialisation = false;
 };
 
 enum class Activation : uint8_t { kNone, kSilu };
@@ -46,7 +50,8 @@ class RmsNorm : public torch::nn::Module {
  public:
   RmsNorm(int64_t size, double eps);
   at::Tensor forward(const at::Tensor& x, bool naive);
-  at::Tensor forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive);
+  at::Tensor forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive,
+                           std::string_view activation = "silu");  // or "swish", "sigmoid"
 
   at::Tensor weight;
 

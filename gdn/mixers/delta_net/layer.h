@@ -5,9 +5,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
-#include "gdn/mixers/common/modules.h"
+#include "gdn/mixers/common/delta_layer.h"
 #include "gdn/mixers/mixer.h"
 
 namespace gdn {
@@ -22,12 +23,12 @@ class DeltaNet : public Mixer {
   at::Tensor activate(const at::Tensor& qk) const;
   at::Tensor normalize(const at::Tensor& qk) const;
 
-  int64_t num_heads_, head_k_dim_, head_v_dim_;
-  bool use_beta_, use_gate_, use_short_conv_, allow_neg_eigval_;
+  HeadSizes sizes_;
+  bool use_beta_, allow_neg_eigval_;
   std::string mode_, qk_activation_, qk_norm_;
-  std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, b_proj_, g_proj_, o_proj_;
-  std::shared_ptr<ShortConvolution> q_conv1d_, k_conv1d_, v_conv1d_;
-  std::shared_ptr<RmsNorm> o_norm_;
+  std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, b_proj_;
+  std::optional<QkvConvolution> convs_;
+  std::optional<HeadOutput> output_;
 };
 
 MixerInfo delta_net_info();

@@ -5,9 +5,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
-#include "gdn/mixers/common/modules.h"
+#include "gdn/mixers/common/delta_layer.h"
 #include "gdn/mixers/mixer.h"
 
 namespace gdn {
@@ -19,13 +20,13 @@ class GatedDeltaNet : public Mixer {
   State zero_state(int64_t sequences, const at::TensorOptions& options) const override;
 
  private:
-  int64_t num_heads_, num_v_heads_, head_dim_, head_v_dim_;
-  bool use_gate_, use_short_conv_, allow_neg_eigval_, erase_;
+  HeadSizes sizes_;
+  bool allow_neg_eigval_, erase_;
   std::string mode_;
-  std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, a_proj_, b_proj_, g_proj_, o_proj_;
-  std::shared_ptr<ShortConvolution> q_conv1d_, k_conv1d_, v_conv1d_;
-  std::shared_ptr<RmsNorm> o_norm_;
-  at::Tensor A_log_, dt_bias_;  // [HV]
+  std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, a_proj_, b_proj_;
+  ScalarDecay decay_;
+  std::optional<QkvConvolution> convs_;
+  std::optional<HeadOutput> output_;
 };
 
 MixerInfo gated_delta_net_info();
