@@ -34,7 +34,10 @@ NamedTensors parameters_of(const torch::nn::Module& model) {
 
 bool decays(const std::string& name, const at::Tensor& parameter) {
   const std::string last = name.substr(name.rfind('.') + 1);
-  return parameter.dim() >= 2 && last != "A_log" && last != "dt_bias" && last != "bias";
+  static const std::unordered_set<std::string> kept = {
+      "A_log",  "dt_bias",      "bias",           "log_A_real",
+      "A_imag", "time_mix_key", "time_mix_value", "time_mix_receptance"};
+  return parameter.dim() >= 2 && kept.count(last) == 0;
 }
 
 AdamW::AdamW(NamedTensors parameters, const AdamWOptions& options)

@@ -69,6 +69,29 @@ std::vector<Case> all_cases() {
       {{"head_dim", 5}, {"num_heads", 3}, {"window_size", 2}, {"rope_theta", 0.0}});
   add("attention", "window_grouped", 8,
       {{"num_heads", 2}, {"num_kv_heads", 1}, {"window_size", 5}, {"rope_theta", 100.0}});
+  add("mamba2", "groups", 8,
+      {{"head_dim", 4}, {"n_groups", 2}, {"state_size", 5}, {"conv_size", 3}, {"use_bias", true}});
+  add("mamba2", "one_norm_recurrent", 6,
+      {{"head_dim", 3},
+       {"n_groups", 2},
+       {"norm_groups", 1},
+       {"state_size", 4},
+       {"mode", "fused_recurrent"},
+       {"conv_bias", false}});
+  add("gated_attention", "grouped_queries", 8,
+      {{"num_heads", 4}, {"num_kv_heads", 2}, {"head_dim", 8}, {"attention_bias", true}});
+  add("gated_attention", "no_rotation", 6, {{"head_dim", 3}, {"partial_rotary_factor", 0.0}});
+  add("mla", "query_rank", 12,
+      {{"num_heads", 3}, {"qk_nope_head_dim", 4}, {"v_head_dim", 5}, {"q_lora_rank", 6}});
+  add("mla", "not_absorbed_no_shared_keys", 8,
+      {{"num_heads", 2}, {"qk_rope_head_dim", 0}, {"absorb", false}, {"attention_bias", true}});
+  add("mamba", "signed_transitions", 8, {{"allow_neg_eigval", true}, {"state_size", 5}});
+  add("mamba", "no_biases_wide", 6,
+      {{"expand", 3}, {"conv_bias", false}, {"conv_size", 2}, {"time_step_rank", 3}});
+  add("mamba", "all_biases", 8, {{"use_bias", true}, {"state_size", 3}});
+  add("lstm", "wide_no_bias", 6, {{"width", 9}, {"bias", false}});
+  add("s4d", "few_states", 5, {{"state_size", 4}});
+  add("rwkv4", "wide", 8, {{"attention_hidden_size", 12}});
   return cases;
 }
 

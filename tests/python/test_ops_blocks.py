@@ -19,6 +19,18 @@ def normal(*sizes: int) -> torch.Tensor:
     return torch.randn(*sizes, dtype=torch.float64, requires_grad=True)
 
 
+def rates(*sizes: int) -> torch.Tensor:
+    """Negative, as logarithms of decays are."""
+    return torch.rand(*sizes, dtype=torch.float64).neg().sub(0.1).requires_grad_()
+
+
+def wkv_states(n: int, channels: int) -> torch.Tensor:
+    """States that have seen something: the denominator, row 1, is at least 1."""
+    state = torch.randn(n, 3, channels, dtype=torch.float64)
+    state[:, 1].abs_().add_(1)
+    return state.requires_grad_()
+
+
 @dataclass
 class Case:
     """One way to call one op. `args` makes float64 arguments, those to be differentiated requiring gradients."""
@@ -55,6 +67,28 @@ CASES = [
     Case("beta_sigmoid", gdn.beta_sigmoid, lambda: (normal(2, 5, 3),), {"allow_neg_eigval": True}),
     Case("cross_entropy", gdn.cross_entropy, lambda: (normal(2, 3, 5), torch.tensor([[0, 4, -100], [2, 2, 1]])), {}),
     Case("swiglu", gdn.swiglu, lambda: (normal(2, 3, 5), normal(2, 3, 5)), {}),
+    Case(
+        "selective_scan",
+        gdn.selective_scan,
+        lambda: (normal(2, 5, 3), normal(2, 5, 3), rates(3, 2), normal(2, 5, 2), normal(2, 5, 2)),
+        {},
+    ),
+    Case(
+        "selective_scan-packed-signed",
+        gdn.selective_scan,
+        lambda: (
+            *(normal(1, 7, 3), normal(1, 7, 3), rates(3, 2), normal(1, 7, 2), normal(1, 7, 2), normal(3), normal(3)),
+            *(normal(3, 3, 2), torch.tensor([0, 2, 2, 7])),
+        ),
+        {"output_final_state": True, "signed_transition": True},
+    ),
+    Case("wkv", gdn.wkv, lambda: (rates(3), normal(3), normal(2, 5, 3), normal(2, 5, 3)), {}),
+    Case(
+        "wkv-packed",
+        gdn.wkv,
+        lambda: (rates(3), normal(3), normal(1, 7, 3), normal(1, 7, 3), wkv_states(3, 3), torch.tensor([0, 2, 2, 7])),
+        {"output_final_state": True},
+    ),
     Case("rotary", gdn.rotary, lambda: (normal(2, 3, 2, 6), torch.arange(3)), {"rotary_dim": 4}),
 ]
 
