@@ -55,7 +55,7 @@ class Block : public torch::nn::Module {
                                    std::make_shared<RmsNorm>(config.hidden_size, config.norm_eps));
       attn = register_module("attn", make_mixer(block.mixer, std::move(args)));
     }
-    if (auto feed_forward = make_feed_forward(config, block)) {
+    if (auto feed_forward = make_feed_forward(config, i)) {
       mlp_norm_ = register_module("mlp_norm",
                                   std::make_shared<RmsNorm>(config.hidden_size, config.norm_eps));
       mlp = register_module("mlp", std::move(feed_forward));
@@ -259,7 +259,10 @@ at::Tensor CausalLM::loss(const at::Tensor& ids, const at::Tensor& targets,
       "[causal_lm] targets must be int64 with the shape of ids ", ops::shape_str(ids), ", got ",
       targets.defined() ? ops::shape_str(targets) : "nothing");
   at::Tensor flat_targets = targets.reshape({-1});
-  at::Tensor h = hidden(ids, ctx).reshape({-1, impl_->config.hidden_size});  // [B*T,D]
+  Shared own;
+  ModelContext with_shared = ctx;
+  if (with_shared.shared == nullptr) with_shared.shared = &own;
+  at::Tensor h = hidden(ids, with_shared).reshape({-1, impl_->config.hidden_size});  // [B*T,D]
   const at::Tensor scored = at::nonzero(at::ne(flat_targets, kNoTarget)).reshape({-1});
   if (scored.numel() == 0)
     return h.sum().to(at::kFloat) * 0;  // nothing to predict: no loss, no gradient
@@ -267,7 +270,9 @@ at::Tensor CausalLM::loss(const at::Tensor& ids, const at::Tensor& targets,
     h = at::index_select(h, 0, scored);
     flat_targets = at::index_select(flat_targets, 0, scored);
   }
-  return std::get<0>(ops::cross_entropy(impl_->head(h), flat_targets)).mean();
+  const at::Tensor loss = std::get<0>(ops::cross_entropy(impl_->head(h), flat_targets)).mean();
+  const at::Tensor& auxiliary = with_shared.shared->auxiliary_loss;
+  return c10::GradMode::is_enabled() && auxiliary.defined() ? loss + auxiliary : loss;
 }
 
 ModelState CausalLM::zero_state(int64_t sequences) const {

@@ -45,7 +45,8 @@ class CausalLM : public torch::nn::Module {
   // hidden [...,D] -> logits [...,vocab] in fp32.
   at::Tensor logits(const at::Tensor& hidden);
   // Mean cross-entropy in nats over the targets that are not -100; targets int64 [B,T], already
-  // shifted. Logits are computed only where there is a target.
+  // shifted. Logits are computed only where there is a target. With gradients the auxiliary losses
+  // of the blocks (balance of experts) are added.
   at::Tensor loss(const at::Tensor& ids, const at::Tensor& targets, const ModelContext& ctx = {});
 
   ModelState zero_state(int64_t sequences) const;

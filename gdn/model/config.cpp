@@ -337,6 +337,43 @@ std::optional<int64_t> read_token(const Fields& fields, const char* key,
   return id == -1 ? std::nullopt : id;
 }
 
+// Name and options of the feed-forward.
+void validate_feed_forward(const BlockConfig& block, const std::string& where) {
+  const std::string& name = block.feed_forward;
+  if (name.empty()) {
+    require(block.feed_forward_options.empty(), where,
+            "feed_forward_options without a feed_forward");
+    return;
+  }
+  const Fields options(block.feed_forward_options, where + "feed_forward_options");
+  const auto size = [&](const char* key, int64_t low, int64_t high, int64_t fallback) {
+    const int64_t value = options.integer(key, fallback);
+    require(value >= low && value <= high, where, key, " must be in [", low, ", ", high, "], got ",
+            value);
+    return value;
+  };
+  if (name == "swiglu" || name == "rwkv_channel_mix") {
+    options.reject_unknown({"intermediate_size"});
+    size("intermediate_size", 1, kMaxWidth * 8, 1);
+  } else if (name == "moe") {
+    options.reject_unknown({"num_experts", "num_experts_per_tok", "moe_intermediate_size",
+                            "shared_expert_intermediate_size", "norm_topk_prob",
+                            "router_aux_loss_coef"});
+    const int64_t experts = size("num_experts", 1, 65536, 8);
+    size("num_experts_per_tok", 1, experts, std::min<int64_t>(2, experts));
+    size("moe_intermediate_size", 1, kMaxWidth * 8, 1);
+    size("shared_expert_intermediate_size", 0, kMaxWidth * 8, 0);
+    options.boolean("norm_topk_prob", true);
+    const double balance = options.number("router_aux_loss_coef", 0);
+    require(std::isfinite(balance) && balance >= 0, where,
+            "router_aux_loss_coef must not be negative, got ", balance);
+  } else {
+    const std::vector<std::string> known = {"swiglu", "moe", "rwkv_channel_mix"};
+    require(false, where, "unknown feed_forward \"", name, "\"", did_you_mean(name, known),
+            " (known: \"swiglu\", \"moe\", \"rwkv_channel_mix\", or \"\" for none)");
+  }
+}
+
 }  // namespace
 
 int64_t ModelConfig::ffn_size() const {
@@ -373,15 +410,8 @@ void ModelConfig::validate() const {
     const std::string where = str_cat("blocks[", i, "]: ");
     require(block.mixer_options.is_object() && block.feed_forward_options.is_object(), where,
             "options must be objects");
-    require(block.feed_forward.empty() || block.feed_forward == "swiglu", where,
-            "unknown feed_forward \"", block.feed_forward,
-            "\" (known: \"swiglu\", or \"\" for none)");
     require(std::isfinite(block.residual_scale), where, "residual_scale must be finite");
-    const Fields options(block.feed_forward_options, where + "feed_forward_options");
-    options.reject_unknown({"intermediate_size"});
-    require(block.feed_forward == "swiglu" || block.feed_forward_options.empty(), where,
-            "feed_forward_options without a feed_forward");
-    in_range("intermediate_size", options.integer("intermediate_size", 1), 1, kMaxWidth * 8);
+    validate_feed_forward(block, where);
   }
 }
 

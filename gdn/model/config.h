@@ -21,8 +21,11 @@ enum class NormPlace : uint8_t {
 struct BlockConfig {
   std::string mixer = "gated_delta_net";  // "" for none
   nlohmann::json mixer_options = nlohmann::json::object();
-  std::string feed_forward = "swiglu";                             // "" for none
-  nlohmann::json feed_forward_options = nlohmann::json::object();  // of swiglu: intermediate_size
+  // "swiglu" (options: intermediate_size), "rwkv_channel_mix" (intermediate_size), "moe"
+  // (num_experts, num_experts_per_tok, moe_intermediate_size, shared_expert_intermediate_size,
+  // norm_topk_prob, router_aux_loss_coef; Qwen's names), or "" for none.
+  std::string feed_forward = "swiglu";
+  nlohmann::json feed_forward_options = nlohmann::json::object();
   NormPlace norm_place = NormPlace::kPre;
   double residual_scale = 1.0;
   bool operator==(const BlockConfig&) const = default;

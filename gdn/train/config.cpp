@@ -139,6 +139,8 @@ LayerPattern parse_layer(const json& value, const std::string& where,
       layer.mixer = parse_mixer(item, at);
     } else if (key == "feed_forward") {
       layer.feed_forward = expect_string(item, at);
+    } else if (key == "feed_forward_options") {
+      layer.feed_forward_options = expect_table(item, at);
     } else if (key == "norm_place") {
       layer.norm_place = expect_string(item, at);
       if (layer.norm_place != "pre" && layer.norm_place != "post")
@@ -149,18 +151,26 @@ LayerPattern parse_layer(const json& value, const std::string& where,
       layer.repeat = item.get<int64_t>();
     } else {
       usage(where + ": unknown key \"" + key + "\"" +
-            did_you_mean(key, keys_of({"mixer", "feed_forward", "norm_place", "repeat"})));
+            did_you_mean(key, keys_of({"mixer", "feed_forward", "feed_forward_options",
+                                       "norm_place", "repeat"})));
     }
   }
+  if (layer.feed_forward.empty() && !layer.feed_forward_options.empty())
+    usage(where + ".feed_forward_options needs a feed_forward beside it");
   return layer;
 }
 
-std::string inline_mixer(const MixerChoice& mixer) {
-  json table = mixer.options;
-  std::string out = "{ name = " + toml_string(mixer.name);
+// "a = 1, b = 2" of a table.
+std::string inline_entries(const json& table) {
+  std::string out;
   for (const auto& [key, value] : table.items())
-    out += ", " + toml_key(key) + " = " + toml_value(value);
-  return out + " }";
+    out += (out.empty() ? "" : ", ") + toml_key(key) + " = " + toml_value(value);
+  return out;
+}
+
+std::string inline_mixer(const MixerChoice& mixer) {
+  const std::string options = inline_entries(mixer.options);
+  return "{ name = " + toml_string(mixer.name) + (options.empty() ? "" : ", " + options) + " }";
 }
 
 template <typename F>
@@ -279,7 +289,8 @@ std::vector<ConfigField> config_fields(RunConfig& config) {
 
   add("model", "hidden_size", &m.hidden_size, "width D of the model", 1, kBig);
   add("model", "num_layers", &m.num_layers, "number of blocks", 1, 4096);
-  add("model", "feed_forward", &m.feed_forward, "feed-forward of every block: swiglu or none");
+  add("model", "feed_forward", &m.feed_forward,
+      "feed-forward of every block: swiglu, moe, rwkv_channel_mix or none");
   add("model", "intermediate_size", &m.intermediate_size,
       "inner width of the feed-forward; 0: from hidden_ratio, rounded up to a multiple of 256", 0,
       kBig);
@@ -391,6 +402,8 @@ RunConfig parse_run_config(std::string_view text, const std::string& name, RunCo
         field->set_json(value, where);
       } else if (section == "model" && key == "mixer") {
         config.model.mixer = parse_mixer(value, where);
+      } else if (section == "model" && key == "feed_forward_options") {
+        config.model.feed_forward_options = expect_table(value, where);
       } else if (section == "model" && key == "layers") {
         layer_lists.emplace_back(where, value);  // after [model.mixer], which entries may lean on
       } else {
@@ -400,7 +413,8 @@ RunConfig parse_run_config(std::string_view text, const std::string& name, RunCo
           if (f.section == section) known.push_back(f.key);
           if (f.section != section && f.key == key) hint = " (it belongs into [" + f.section + "])";
         }
-        if (section == "model") known.insert(known.end(), {"mixer", "layers"});
+        if (section == "model")
+          known.insert(known.end(), {"mixer", "layers", "feed_forward_options"});
         usage(name + ": unknown key \"" + key + "\" in [" + section + "]" +
               (hint.empty() ? did_you_mean(key, known) : hint));
       }
@@ -439,10 +453,17 @@ std::string to_toml(const RunConfig& config) {
     out += "\n[model.mixer]\nname = " + toml_string(copy.model.mixer.name) + "\n";
     for (const auto& [key, value] : copy.model.mixer.options.items())
       out += toml_key(key) + " = " + toml_value(value) + "\n";
+    if (!copy.model.feed_forward_options.empty()) {
+      out += "\n[model.feed_forward_options]\n";
+      for (const auto& [key, value] : copy.model.feed_forward_options.items())
+        out += toml_key(key) + " = " + toml_value(value) + "\n";
+    }
     for (const LayerPattern& layer : copy.model.layers) {
       out += "\n[[model.layers]]\nmixer = " + inline_mixer(layer.mixer) + "\n";
       if (!layer.feed_forward.empty())
         out += "feed_forward = " + toml_string(layer.feed_forward) + "\n";
+      if (!layer.feed_forward_options.empty())
+        out += "feed_forward_options = { " + inline_entries(layer.feed_forward_options) + " }\n";
       if (!layer.norm_place.empty()) out += "norm_place = " + toml_string(layer.norm_place) + "\n";
       out += "repeat = " + std::to_string(layer.repeat) + "\n";
     }
@@ -532,6 +553,8 @@ ModelConfig make_model_config(const RunConfig& config, int64_t tokenizer_vocab, 
       block.mixer = given(layer.mixer.name, "");
       if (!block.mixer.empty()) block.mixer_options = layer.mixer.options;
       block.feed_forward = given(layer.feed_forward, m.feed_forward);
+      block.feed_forward_options =
+          layer.feed_forward.empty() ? m.feed_forward_options : layer.feed_forward_options;
       block.norm_place =
           given(layer.norm_place, m.norm_place) == "post" ? NormPlace::kPost : NormPlace::kPre;
       block.residual_scale = m.residual_scale;

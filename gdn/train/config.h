@@ -33,6 +33,7 @@ struct LayerPattern {
   std::string feed_forward;
   std::string norm_place;
   int64_t repeat = 1;
+  nlohmann::json feed_forward_options = nlohmann::json::object();  // of its own feed_forward
   bool operator==(const LayerPattern&) const = default;
 };
 
@@ -43,6 +44,7 @@ struct RunConfig {
     MixerChoice mixer;                 // of every layer when `layers` is empty
     std::vector<LayerPattern> layers;  // hybrids
     std::string feed_forward = "swiglu";
+    nlohmann::json feed_forward_options = nlohmann::json::object();
     int64_t intermediate_size = 0;
     int64_t hidden_ratio = 4;
     std::string norm_place = "pre";

@@ -173,7 +173,7 @@ TEST(ModelConfig, RejectsBadBlocks) {
                   "blocks[0]: unknown key \"mixr\" (did you mean \"mixer\"?)");
   expect_rejected(with_block({{"mixer_options", 3}}), "mixer_options must be an object");
   expect_rejected(with_block({{"norm_place", "mid"}}), "norm_place");
-  expect_rejected(with_block({{"feed_forward", "moe"}}), "unknown feed_forward \"moe\"");
+  expect_rejected(with_block({{"feed_forward", "moa"}}), "unknown feed_forward \"moa\"");
   expect_rejected(with_block({{"feed_forward_options", {{"inter", 3}}}}), "unknown key \"inter\"");
   expect_rejected(with_block({{"feed_forward_options", {{"intermediate_size", 0}}}}),
                   "intermediate_size");
