@@ -128,7 +128,7 @@ void step(benchmark::State& state, Shape shape) {
   Problem problem(shape);
   const int64_t size = shape.B * shape.HV * shape.K * shape.V;
   std::vector<float> pool(size, 0.01f);
-  for (auto _ : state) delta_rule_step(problem.x, pool.data(), shape.B, nullptr, problem.o.data());
+  for (auto _ : state) delta_rule_step(problem.x, {pool.data(), shape.B}, problem.o.data());
   state.counters["GB/s"] = benchmark::Counter(2.0 * size * sizeof(float) * 1e-9,
                                               benchmark::Counter::kIsIterationInvariantRate);
 }

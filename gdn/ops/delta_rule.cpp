@@ -9,6 +9,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -31,13 +32,14 @@ struct Inputs {
   at::Tensor q, k, v, g, beta, a, p, initial_state, cu_seqlens;
   std::string_view erase, form;
   int64_t chunk_size;
+  bool qk_l2norm;
 };
 
 Inputs inputs_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                  const OptionalTensor& g, const OptionalTensor& beta, const OptionalTensor& a,
                  const OptionalTensor& p, const OptionalTensor& initial_state,
                  const OptionalTensor& cu_seqlens, std::string_view erase, std::string_view form,
-                 int64_t chunk_size) {
+                 int64_t chunk_size, bool qk_l2norm) {
   auto value = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
   return {q,
           k,
@@ -50,7 +52,8 @@ Inputs inputs_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
           value(cu_seqlens),
           erase,
           form,
-          chunk_size};
+          chunk_size,
+          qk_l2norm};
 }
 
 DeltaErase erase_of(const char* op, std::string_view erase) {
@@ -194,6 +197,7 @@ struct Call {
     params.erase = erase_of(kOp, x.erase);
     params.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(params.K)));
     params.chunk_size = static_cast<int>(x.chunk_size);
+    params.l2norm_qk = x.qk_l2norm;
     params.q = data(x.q);
     params.k = data(x.k);
     params.v = data(x.v);
@@ -220,9 +224,9 @@ Outputs delta_rule_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tenso
                        const OptionalTensor& p, std::optional<double> scale,
                        const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
                        bool output_final_state, std::string_view erase, std::string_view form,
-                       int64_t chunk_size, bool save) {
-  Inputs inputs =
-      inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form, chunk_size);
+                       int64_t chunk_size, bool save, bool qk_l2norm) {
+  Inputs inputs = inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form,
+                            chunk_size, qk_l2norm);
   check_inputs(kOp, inputs);
   const Call call(std::move(inputs), scale);
   const DeltaRuleParams& params = call.params;
@@ -263,9 +267,9 @@ Outputs delta_rule_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
                         std::optional<double> scale, const OptionalTensor& initial_state,
                         const OptionalTensor& cu_seqlens, bool output_final_state,
                         std::string_view erase, std::string_view form, int64_t chunk_size,
-                        bool save) {
-  const Inputs x =
-      inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form, chunk_size);
+                        bool save, bool qk_l2norm) {
+  const Inputs x = inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form,
+                             chunk_size, qk_l2norm);
   check_inputs(kOp, x);
   // The size of `saved` depends on the data in cu_seqlens; tracing never asks for it (see the
   // autograd kernel).
@@ -285,9 +289,10 @@ Grads delta_rule_bwd_cpu(const OptionalTensor& d_o, const OptionalTensor& d_fina
                          const OptionalTensor& a, const OptionalTensor& p,
                          std::optional<double> scale, const OptionalTensor& initial_state,
                          const OptionalTensor& cu_seqlens, const at::Tensor& saved_by_forward,
-                         std::string_view erase, std::string_view form, int64_t chunk_size) {
-  Inputs inputs =
-      inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form, chunk_size);
+                         std::string_view erase, std::string_view form, int64_t chunk_size,
+                         bool qk_l2norm) {
+  Inputs inputs = inputs_of(q, k, v, g, beta, a, p, initial_state, cu_seqlens, erase, form,
+                            chunk_size, qk_l2norm);
   check_inputs(kOp, inputs);
   const Call call(std::move(inputs), scale);
   const DeltaRuleParams& params = call.params;
@@ -357,7 +362,7 @@ Grads delta_rule_bwd_meta(const OptionalTensor&, const OptionalTensor&, const at
                           const OptionalTensor& beta, const OptionalTensor& a,
                           const OptionalTensor& p, std::optional<double>,
                           const OptionalTensor& initial_state, const OptionalTensor&,
-                          const at::Tensor&, std::string_view, std::string_view, int64_t) {
+                          const at::Tensor&, std::string_view, std::string_view, int64_t, bool) {
   auto grad_like = [&](const OptionalTensor& t) {
     return has(t) ? at::empty_symint(t->sym_sizes(), t->options()) : at::empty({0}, acc_options(q));
   };
@@ -371,15 +376,16 @@ void check_step(const Inputs& x, const at::Tensor& state) {
   check_dim(op, "state", state, 4, "[num_slots,HV,K,V]");
   check_sizes(op, "state", state, "[num_slots,HV,K,V]",
               {state.sym_size(0), x.v.sym_size(1), x.q.sym_size(2), x.v.sym_size(2)});
-  check_acc(op, "state", state, x.q);
+  const bool half = state.scalar_type() == at::kBFloat16 && x.q.scalar_type() != at::kDouble;
+  if (!half) check_acc(op, "state", state, x.q);
 }
 
 at::Tensor delta_rule_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const OptionalTensor& g, const OptionalTensor& beta,
                                const OptionalTensor& a, const OptionalTensor& p, at::Tensor& state,
                                const OptionalTensor& slots, std::optional<double> scale,
-                               std::string_view erase) {
-  Inputs inputs = inputs_of(q, k, v, g, beta, a, p, {}, {}, erase, "recurrent", 0);
+                               std::string_view erase, bool qk_l2norm) {
+  Inputs inputs = inputs_of(q, k, v, g, beta, a, p, {}, {}, erase, "recurrent", 0, qk_l2norm);
   check_step(inputs, state);
   GDN_CHECK(state.is_contiguous(), "[delta_rule_step_] state must be contiguous");
   const at::Tensor host = host_slots("delta_rule_step_", slots, q.size(0), state.size(0));
@@ -387,8 +393,12 @@ at::Tensor delta_rule_step_cpu(const at::Tensor& q, const at::Tensor& k, const a
             q.size(0), " sequences, got ", state.size(0));
   const Call call(std::move(inputs), scale);
   at::Tensor o = at::empty(v.sizes(), v.options());
-  delta_rule_step(call.params, state.mutable_data_ptr(), state.size(0), data_or_null(host),
-                  o.mutable_data_ptr());
+  DeltaRulePool pool;
+  pool.states = state.mutable_data_ptr();
+  pool.num_slots = state.size(0);
+  pool.slots = data_or_null(host);
+  pool.bf16 = state.scalar_type() == at::kBFloat16;
+  delta_rule_step(call.params, pool, o.mutable_data_ptr());
   return o;
 }
 
@@ -396,8 +406,8 @@ at::Tensor delta_rule_step_meta(const at::Tensor& q, const at::Tensor& k, const 
                                 const OptionalTensor& g, const OptionalTensor& beta,
                                 const OptionalTensor& a, const OptionalTensor& p, at::Tensor& state,
                                 const OptionalTensor&, std::optional<double>,
-                                std::string_view erase) {
-  check_step(inputs_of(q, k, v, g, beta, a, p, {}, {}, erase, "recurrent", 0), state);
+                                std::string_view erase, bool qk_l2norm) {
+  check_step(inputs_of(q, k, v, g, beta, a, p, {}, {}, erase, "recurrent", 0, qk_l2norm), state);
   return at::empty_symint(v.sym_sizes(), v.options());
 }
 
@@ -415,7 +425,7 @@ class DeltaRuleFunction : public torch::autograd::Function<DeltaRuleFunction> {
                                const OptionalTensor& initial_state,
                                const OptionalTensor& cu_seqlens, bool output_final_state,
                                const std::string& erase, const std::string& form,
-                               int64_t chunk_size) {
+                               int64_t chunk_size, bool qk_l2norm) {
     at::AutoDispatchBelowADInplaceOrView below;
     // Under a tracer (torch.compile) sizes must follow from shapes alone, and the size of `saved`
     // does not: backward computes it again there.
@@ -424,7 +434,7 @@ class DeltaRuleFunction : public torch::autograd::Function<DeltaRuleFunction> {
     const bool save = form == "chunk" && !traced;
     auto [o, final_state, saved] =
         delta_rule(q, k, v, g, beta, a, p, scale, initial_state, cu_seqlens, output_final_state,
-                   erase, form, chunk_size, save);
+                   erase, form, chunk_size, save, qk_l2norm);
     auto value = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
     ctx->save_for_backward({q, k, v, value(g), value(beta), value(a), value(p),
                             value(initial_state), value(cu_seqlens), saved});
@@ -432,13 +442,14 @@ class DeltaRuleFunction : public torch::autograd::Function<DeltaRuleFunction> {
     ctx->saved_data["erase"] = erase;
     ctx->saved_data["form"] = form;
     ctx->saved_data["chunk_size"] = chunk_size;
+    ctx->saved_data["qk_l2norm"] = qk_l2norm;
     ctx->set_materialize_grads(false);
     if (!output_final_state) ctx->mark_non_differentiable({final_state});
     return {o, final_state};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(14);
+    variable_list result(15);
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const variable_list x = ctx->get_saved_variables();
     auto optional = [](const at::Tensor& t) {
@@ -448,7 +459,8 @@ class DeltaRuleFunction : public torch::autograd::Function<DeltaRuleFunction> {
         optional(grads[0]), optional(grads[1]), x[0], x[1], x[2], optional(x[3]), optional(x[4]),
         optional(x[5]), optional(x[6]), ctx->saved_data["scale"].toOptional<double>(),
         optional(x[7]), optional(x[8]), x[9], ctx->saved_data["erase"].toStringRef(),
-        ctx->saved_data["form"].toStringRef(), ctx->saved_data["chunk_size"].toInt());
+        ctx->saved_data["form"].toStringRef(), ctx->saved_data["chunk_size"].toInt(),
+        ctx->saved_data["qk_l2norm"].toBool());
     result[0] = std::get<0>(out);
     result[1] = std::get<1>(out);
     result[2] = std::get<2>(out);
@@ -467,17 +479,35 @@ Outputs delta_rule_autograd(const at::Tensor& q, const at::Tensor& k, const at::
                             std::optional<double> scale, const OptionalTensor& initial_state,
                             const OptionalTensor& cu_seqlens, bool output_final_state,
                             std::string_view erase, std::string_view form, int64_t chunk_size,
-                            bool save) {
+                            bool save, bool qk_l2norm) {
   if (!wants_grad(q, k, v, g, beta, a, p, initial_state)) {
     at::AutoDispatchBelowADInplaceOrView below;
     return delta_rule(q, k, v, g, beta, a, p, scale, initial_state, cu_seqlens, output_final_state,
-                      erase, form, chunk_size, save);
+                      erase, form, chunk_size, save, qk_l2norm);
   }
   const variable_list out = DeltaRuleFunction::apply(
       q, k, v, g, beta, a, p, scale, initial_state, cu_seqlens, output_final_state,
-      std::string(erase), std::string(form), chunk_size);
+      std::string(erase), std::string(form), chunk_size, qk_l2norm);
   // What was saved is the graph's; eager and traced calls return the same.
   return {out[0], out[1], at::empty({0}, acc_options(q))};
+}
+
+// By hand, for a decoding step is short enough to feel torch's boxed fallbacks.
+at::Tensor delta_rule_step_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                    const OptionalTensor& g, const OptionalTensor& beta,
+                                    const OptionalTensor& a, const OptionalTensor& p,
+                                    at::Tensor& state, const OptionalTensor& slots,
+                                    std::optional<double> scale, std::string_view erase,
+                                    bool qk_l2norm) {
+  GDN_CHECK(!wants_grad(q, k, v, g, beta, a, p, state),
+            "[delta_rule_step_] is not differentiable: call it under no_grad, or use delta_rule");
+  at::Tensor o;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    o = delta_rule_step_(q, k, v, g, beta, a, p, state, slots, scale, erase, qk_l2norm);
+  }
+  torch::autograd::impl::bump_version(state);
+  return o;
 }
 
 }  // namespace
@@ -487,19 +517,20 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? beta=None, Tensor? a=None, "
       "Tensor? p=None, float? scale=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, "
       "bool output_final_state=False, str erase=\"key\", str form=\"chunk\", int chunk_size=0, "
-      "bool save=False) -> (Tensor o, Tensor final_state, Tensor saved)",
+      "bool save=False, bool qk_l2norm=False) -> (Tensor o, Tensor final_state, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "delta_rule_bwd(Tensor? d_o, Tensor? d_final_state, Tensor q, Tensor k, Tensor v, Tensor? g, "
       "Tensor? beta, Tensor? a, Tensor? p, float? scale, Tensor? initial_state, "
-      "Tensor? cu_seqlens, Tensor saved, str erase, str form, int chunk_size) -> (Tensor dq, "
-      "Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor da, Tensor dp, "
+      "Tensor? cu_seqlens, Tensor saved, str erase, str form, int chunk_size, "
+      "bool qk_l2norm=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dbeta, Tensor "
+      "da, Tensor dp, "
       "Tensor d_initial_state)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "delta_rule_step_(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? a, "
-      "Tensor? p, Tensor(a!) state, Tensor? slots=None, float? scale=None, str erase=\"key\") "
-      "-> Tensor",
+      "Tensor? p, Tensor(a!) state, Tensor? slots=None, float? scale=None, str erase=\"key\", "
+      "bool qk_l2norm=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -518,11 +549,7 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
   m.impl("delta_rule", &delta_rule_autograd);
   m.impl("delta_rule_bwd", torch::autograd::autogradNotImplementedFallback());
-  m.impl("delta_rule_step_", torch::autograd::autogradNotImplementedFallback());
-}
-
-TORCH_LIBRARY_IMPL(gdn, ADInplaceOrView, m) {
-  m.impl("delta_rule_step_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+  m.impl("delta_rule_step_", &delta_rule_step_autograd);
 }
 
 }  // namespace gdn::ops

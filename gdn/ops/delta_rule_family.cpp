@@ -9,7 +9,6 @@
 
 #include "gdn/ops/delta_rule.h"
 #include "gdn/ops/gate.h"
-#include "gdn/ops/norm.h"
 
 namespace gdn::ops {
 namespace {
@@ -34,7 +33,9 @@ auto named(const char* op, F&& f) {
 }
 
 OptionalTensor to_acc(const OptionalTensor& t, const Tensor& q) {
-  return has(t) ? OptionalTensor(t->to(acc_type(q.scalar_type()))) : std::nullopt;
+  if (!has(t)) return std::nullopt;
+  const at::ScalarType acc = acc_type(q.scalar_type());
+  return t->scalar_type() == acc ? t : OptionalTensor(t->to(acc));
 }
 
 // How states lie in memory for the caller: [N,HV,K,V], or [N,HV,V,K] as in fla's caches.
@@ -60,6 +61,7 @@ struct Call {
   OptionalTensor g{}, beta{}, a{}, p{};
   const char* erase = "key";
   const char* form = "chunk";
+  bool qk_l2norm = false;
 
   Result run() const {
     return named(op, [&]() -> Result {
@@ -68,7 +70,7 @@ struct Call {
       auto [o, final_state, saved] =
           delta_rule(q, k, v, to_acc(g, q), to_acc(beta, q), a, p, common.scale, initial,
                      common.cu_seqlens, common.output_final_state, erase, form, common.chunk_size,
-                     /*save=*/false);
+                     /*save=*/false, qk_l2norm);
       return {o, flip(final_state, common.state_v_first)};
     });
   }
@@ -85,10 +87,7 @@ struct InKernel {
 };
 
 void apply(const InKernel& in, bool channel_gate, Call& call) {
-  if (in.qk_l2norm) {
-    call.q = l2norm(call.q);
-    call.k = l2norm(call.k);
-  }
+  call.qk_l2norm = in.qk_l2norm;
   if (in.gate) {
     GDN_CHECK(has(in.A_log), "[", call.op, "] use_gate_in_kernel=True needs A_log");
     GDN_CHECK(has(call.g), "[", call.op, "] use_gate_in_kernel=True needs g");
@@ -260,7 +259,7 @@ Tensor gated_delta_rule_step_(const Tensor& q, const Tensor& k, const Tensor& v,
         /*channel_gate=*/has(g) && g->dim() == 3, call);
   return named(call.op, [&] {
     return delta_rule_step_(call.q, call.k, v, to_acc(call.g, q), to_acc(call.beta, q),
-                            std::nullopt, std::nullopt, state, slots, scale, "key");
+                            std::nullopt, std::nullopt, state, slots, scale, "key", call.qk_l2norm);
   });
 }
 

@@ -25,6 +25,7 @@ TEST(DeltaRuleChunk, EveryMemberInDouble) {
         c.range = range;
         c.seed = ++seed;
         c.channel_beta = seed % 4 < 2;
+        c.l2norm_qk = seed % 5 < 3;
         c.HV = seed % 2 == 0 ? 2 : 4;
         c.K = 11;
         c.V = 19;
@@ -50,6 +51,7 @@ TEST(DeltaRuleChunk, EveryMemberInFloat) {
         c.dtype = DType::kF32;
         c.seed = ++seed;
         c.channel_beta = seed % 4 == 0;
+        c.l2norm_qk = seed % 5 == 0;
         c.K = 40;
         c.V = 36;
         c.lengths = {83, 64, 5};
@@ -140,6 +142,7 @@ TEST(DeltaRuleChunk, OptionsInCombination) {
     c.HV = c.H * (1 + i / 2 % 3);
     c.beta = i % 7 % 2 == 0;
     c.channel_beta = i % 5 % 2 == 0;
+    c.l2norm_qk = i % 17 % 2 == 0;
     c.initial = i % 11 % 2 == 0;
     c.final_state = i % 13 % 2 == 0;
     c.chunk_size = (const int[]){0, 16, 32, 64}[(i + i / 4) % 4];

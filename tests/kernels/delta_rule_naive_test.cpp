@@ -40,6 +40,7 @@ TEST(DeltaRuleNaive, GradientsEqualFiniteDifferences) {
       c.gate = gate;
       c.erase = erase;
       c.channel_beta = gate != DeltaGate::kScalar;
+      c.l2norm_qk = erase != DeltaErase::kOwn;
       c.H = 1;
       c.HV = 2;
       c.K = 3;

@@ -67,14 +67,14 @@ struct Case {
   GateRange range = GateRange::kMild;
   uint64_t seed = 1;
   bool packed = true;  // by cu_seqlens, else by equal lengths
-  bool channel_beta = false;
+  bool channel_beta = false, l2norm_qk = false;
 };
 
 inline std::string name(const Case& c) {
   std::string s = str_cat("gate", int(c.gate), " erase", int(c.erase), " dtype", int(c.dtype), " H",
                           c.H, " HV", c.HV, " K", c.K, " V", c.V, " chunk", c.chunk_size, " beta",
-                          c.beta + (c.beta && c.channel_beta), " initial", c.initial, " final",
-                          c.final_state, " range", int(c.range), " T");
+                          c.beta + (c.beta && c.channel_beta), " l2norm", c.l2norm_qk, " initial",
+                          c.initial, " final", c.final_state, " range", int(c.range), " T");
   for (int64_t t : c.lengths) s += str_cat(" ", t);
   return s;
 }
@@ -100,6 +100,7 @@ struct Problem {
     params.dtype = c.dtype;
     params.gate = c.gate;
     params.erase = c.erase;
+    params.l2norm_qk = c.l2norm_qk;
     params.scale = 1.0 / std::sqrt(static_cast<double>(c.K));
     params.chunk_size = c.chunk_size;
     const auto normal = [&](int64_t n, double scale) {

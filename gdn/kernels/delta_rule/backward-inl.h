@@ -117,7 +117,7 @@ struct Backward {
       } else {
         expect(saved, grads, next, left, hv);
       }
-      core.load_keys(t, L.C, h);
+      core.load_keys(t, L.C, h, /*readers=*/false);
       core.load_gate(t, L.C, hv);
       load_written(saved, t, L.C, hv);
       for (size_t p = 0; p < L.panels; ++p) {
@@ -138,11 +138,25 @@ struct Backward {
     for (size_t i = 0; i < L.group; ++i) {
       head(saved, grads, t, count, h * L.group + i, state(i, c), d_state + i * L.state_size());
     }
-    store_keys(grads.dq, t, count, h, sum_bq + half);
     if (x.erase == DeltaErase::kKey) add_scaled(half, sum_bq, T(1), sum_w);
+    if (x.l2norm_qk) {
+      norm_grads(count, core.bq + half, core.q_norm, sum_bq + half);
+      norm_grads(count, core.key_rows(), core.k_norm, sum_w + (L.W - 1) * half);
+    }
+    store_keys(grads.dq, t, count, h, sum_bq + half);
     if (delta_rule::has_a(x.erase)) store_keys(grads.da, t, count, h, sum_bq);
     if (x.erase == DeltaErase::kSeparate) store_keys(grads.dp, t, count, h, sum_w);
     store_keys(grads.dk, t, count, h, sum_w + (L.W - 1) * half);
+  }
+
+  // From the gradient of normalised rows y to that of the rows themselves.
+  void norm_grads(size_t count, const T* y, const T* factors, T* dy) const {
+    const size_t Kp = core.L.Kp;
+    for (size_t i = 0; i < count; ++i) {
+      T* g = dy + i * Kp;
+      add_scaled(Kp, y + i * Kp, -dot(Kp, y + i * Kp, g), g);
+      scale_rows<T>(1, Kp, g, nullptr, false, factors + i, g);
+    }
   }
 
   void store_keys(void* dst, int64_t t, size_t count, int64_t h, const T* src) const {

@@ -24,6 +24,9 @@ inline bool has_a(DeltaErase erase) {
   return erase == DeltaErase::kOwn || erase == DeltaErase::kSeparate;
 }
 
+// Added to the sum of squares of a query or key that is normalised.
+inline constexpr double kL2NormEps = 1e-6;
+
 // Tokens per chunk. The measurements behind the automatic choice are in README.md.
 inline int64_t chunk_size(const DeltaRuleParams& p) {
   if (p.chunk_size != 0) return p.chunk_size;

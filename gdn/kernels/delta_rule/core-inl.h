@@ -78,6 +78,14 @@ HWY_INLINE T dot(size_t width, const T* x, const T* y) {
   return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
+// Divides x by its length; returns the factor.
+template <typename T>
+HWY_INLINE T normalize_row(size_t width, T* x) {
+  const T factor = T(1) / std::sqrt(dot(width, x, x) + T(delta_rule::kL2NormEps));
+  scale_rows<T>(1, width, x, nullptr, false, &factor, x);
+  return factor;
+}
+
 // Hands out aligned pieces of one block; a first pass with base null finds the block's size.
 class Carver {
  public:
@@ -185,6 +193,8 @@ struct Core {
       sub_w = carve.take<T>(C * Kp);
       sub_wT = carve.take<T>(C * Kp);
     }
+    q_norm = carve.take<T>(C);
+    k_norm = carve.take<T>(C);
     run = carve.take<T>(Kp);
     row = carve.take<T>(L.panels * L.PW);
     out_row = carve.take<T>(L.panels * L.PW);
@@ -205,17 +215,22 @@ struct Core {
     std::fill(dst + n * L.Kp, dst + L.C * L.Kp, T(0));
   }
 
-  // Keys of head h for tokens [t0, t0 + n): what all value heads of a group share.
-  void load_keys(int64_t t0, size_t n, int64_t h) {
+  // Keys of head h for tokens [t0, t0 + n): what all value heads of a group share. Without
+  // `readers` only those that write.
+  void load_keys(int64_t t0, size_t n, int64_t h, bool readers = true) {
     const size_t half = L.C * L.Kp;
-    load_rows(x.q, t0, n, x.H, h, bq + half);
-    if (x.erase == DeltaErase::kKey) {
-      load_rows(x.k, t0, n, x.H, h, bq);
-    } else {
+    if (readers) {
+      load_rows(x.q, t0, n, x.H, h, bq + half);
       if (delta_rule::has_a(x.erase)) load_rows(x.a, t0, n, x.H, h, bq);
-      if (x.erase == DeltaErase::kSeparate) load_rows(x.p, t0, n, x.H, h, w);
-      load_rows(x.k, t0, n, x.H, h, w + (L.W - 1) * half);
+      if (x.l2norm_qk) normalize_rows(n, bq + half, q_norm);
     }
+    if (x.erase == DeltaErase::kSeparate) load_rows(x.p, t0, n, x.H, h, w);
+    load_rows(x.k, t0, n, x.H, h, key_rows());
+    if (x.l2norm_qk) normalize_rows(n, key_rows(), k_norm);
+  }
+  T* key_rows() const { return w + (L.W - 1) * L.C * L.Kp; }
+  void normalize_rows(size_t n, T* rows, T* factors) const {
+    for (size_t i = 0; i < n; ++i) factors[i] = normalize_row(L.Kp, rows + i * L.Kp);
   }
 
   // Decay tables, beta per row, and the keys with their decays, for value head hv.
@@ -525,6 +540,7 @@ struct Core {
   T *f, *beta;    // [2C] row factors: -1 or (separate) +1 for the erase, scale for queries; [C]
   T* betas = nullptr;  // [panels][C][PW] beta per value channel
   T *sub_bq = nullptr, *sub_w = nullptr, *sub_wT = nullptr;  // channel gate: see decay_sub_block
+  T *q_norm, *k_norm;                                        // [C] one over the length of q and k
   T* run;                                                    // [Kp]
   T *row, *out_row;  // [panels PW] one row of values on its way in or out
 };

@@ -24,11 +24,24 @@ Vec read_row(const void* base, int64_t token, int64_t heads, int64_t head, int64
   return row;
 }
 
+double dot(const Vec& x, const Vec& y) {
+  double sum = 0.0;
+  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+Vec scaled(const Vec& x, double factor) {
+  Vec y = x;
+  for (double& e : y) e *= factor;
+  return y;
+}
+
 // One token's inputs for one value head; absent ones take their neutral value.
 struct Token {
   Vec q, k, v, a, p;
   Vec decay;  // [K]: exp(g), the same number in every channel for a scalar gate
   Vec beta;   // [V]
+  double q_norm = 1.0, k_norm = 1.0;  // one over the length where q and k are normalised
 };
 
 template <typename T>
@@ -39,6 +52,12 @@ Token read_token(const DeltaRuleParams& x, int64_t t, int64_t hv) {
   r.q = read_row<T>(x.q, t, x.H, h, x.K);
   r.k = read_row<T>(x.k, t, x.H, h, x.K);
   r.v = read_row<T>(x.v, t, x.HV, hv, x.V);
+  if (x.l2norm_qk) {
+    r.q_norm = 1.0 / std::sqrt(dot(r.q, r.q) + delta_rule::kL2NormEps);
+    r.k_norm = 1.0 / std::sqrt(dot(r.k, r.k) + delta_rule::kL2NormEps);
+    r.q = scaled(r.q, r.q_norm);
+    r.k = scaled(r.k, r.k_norm);
+  }
   r.a.assign(x.K, 0.0);
   r.p.assign(x.K, 0.0);
   if (x.erase == DeltaErase::kKey) r.a = r.k;
@@ -86,16 +105,12 @@ void scale_rows(Vec& s, const Vec& x) {
     for (size_t j = 0; j < columns; ++j) s[i * columns + j] *= x[i];
 }
 
-double dot(const Vec& x, const Vec& y) {
-  double sum = 0.0;
-  for (size_t i = 0; i < x.size(); ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-Vec scaled(const Vec& x, double factor) {
-  Vec y = x;
-  for (double& e : y) e *= factor;
-  return y;
+// The gradient of a row from that of the normalised row y: factor (dy - y (y.dy)).
+Vec through_norm(const DeltaRuleParams& x, const Vec& y, double factor, Vec dy) {
+  if (!x.l2norm_qk) return dy;
+  const double along = dot(y, dy);
+  for (size_t i = 0; i < y.size(); ++i) dy[i] = factor * (dy[i] - along * y[i]);
+  return dy;
 }
 
 // Everything a step leaves behind that its derivative wants.
@@ -171,10 +186,13 @@ void retreat(const DeltaRuleParams& x, const Token& token, const Step& s, int64_
   Vec dy(V, 0.0);
   if (d_o != nullptr) dy.assign(d_o + row * V, d_o + (row + 1) * V);
   dy = scaled(dy, x.scale);
-  accumulate(grads.dq, key_row, times(s.after, dy, K, V));
+  const auto key_grad = [&](const Vec& dk) {
+    accumulate(grads.dk, key_row, through_norm(x, token.k, token.k_norm, dk));
+  };
+  accumulate(grads.dq, key_row, through_norm(x, token.q, token.q_norm, times(s.after, dy, K, V)));
   add_outer(ds, token.q, dy);
 
-  accumulate(grads.dk, key_row, times(ds, s.u, K, V));
+  key_grad(times(ds, s.u, K, V));
   const Vec du = transposed_times(ds, token.k, K, V);
   Vec d_decayed = ds, d_before(ds.size(), 0.0), da(K, 0.0);
   if (x.erase == DeltaErase::kSeparate) {
@@ -199,7 +217,7 @@ void retreat(const DeltaRuleParams& x, const Token& token, const Step& s, int64_
     da = times(s.decayed, d_read, K, V);
     add_outer(d_decayed, token.a, d_read);
   }
-  if (x.erase == DeltaErase::kKey) accumulate(grads.dk, key_row, da);
+  if (x.erase == DeltaErase::kKey) key_grad(da);
   if (delta_rule::has_a(x.erase)) accumulate(grads.da, key_row, da);
 
   if (grads.dg != nullptr && x.gate != DeltaGate::kNone) {

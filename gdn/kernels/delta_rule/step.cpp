@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+// One token for each sequence, in place on a pool of states.
+#include "gdn/kernels/simd/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "gdn/kernels/delta_rule/step.cpp"
+// clang-format off: foreach_target.h includes this file once per target and must come first.
+#include "hwy/foreach_target.h"
+// clang-format on
+#include "gdn/base/parallel.h"
+#include "gdn/kernels/delta_rule/scratch.h"
+#include "gdn/kernels/delta_rule/token-inl.h"
+#include "gdn/kernels/simd-inl.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+// Vectors of columns that a state is cut into: K rows of a block stay in L1 between the sweep that
+// reads it and the one that updates it, and while the latter runs the next block is fetched.
+inline constexpr size_t kStepVectors = 2;
+
+// r = S^T erase and y = S^T query for kVectors vectors of columns; S holds K rows `ld` apart.
+template <size_t kVectors, bool kErase, typename T, typename S>
+HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
+                          size_t column) {
+  const Tag<T> d;
+  const size_t n = hn::Lanes(d);
+  // Two rows at a time into sums of their own, for one chain per vector would wait for itself.
+  hn::Vec<Tag<T>> r[2][kVectors], y[2][kVectors];
+  for (size_t j = 0; j < kVectors; ++j) r[0][j] = r[1][j] = y[0][j] = y[1][j] = hn::Zero(d);
+  const auto row = [&](size_t i, size_t chain) HWY_ATTR {
+    const auto q = hn::Set(d, token.query[i]);
+    for (size_t j = 0; j < kVectors; ++j) {
+      const auto x = load_as(d, s + i * ld + j * n);
+      y[chain][j] = hn::MulAdd(q, x, y[chain][j]);
+      if constexpr (kErase) {
+        r[chain][j] = hn::MulAdd(hn::Set(d, token.erase[i]), x, r[chain][j]);
+      }
+    }
+  };
+  size_t i = 0;
+  for (; i + 2 <= K; i += 2) {
+    row(i, 0);
+    row(i + 1, 1);
+  }
+  if (i < K) row(i, 0);
+  for (size_t j = 0; j < kVectors; ++j) {
+    hn::Store(hn::Add(r[0][j], r[1][j]), d, token.r + column + j * n);
+    hn::Store(hn::Add(y[0][j], y[1][j]), d, token.y + column + j * n);
+  }
+}
+
+// S <- decay S + k u^T (+ p r^T), and the rows of the block at `next` (or null) are fetched.
+template <size_t kVectors, bool kSeparate, typename T, typename S>
+HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
+                            size_t column, const S* next) {
+  const Tag<T> d;
+  const size_t n = hn::Lanes(d);
+  hn::Vec<Tag<T>> u[kVectors], r[kVectors];
+  for (size_t j = 0; j < kVectors; ++j) {
+    u[j] = hn::Load(d, token.v + column + j * n);
+    r[j] = hn::Load(d, token.r + column + j * n);
+  }
+  for (size_t i = 0; i < K; ++i) {
+    if (next != nullptr) {
+      const char* ahead = reinterpret_cast<const char*>(next + i * ld);
+      for (size_t b = 0; b < kVectors * n * sizeof(S); b += 64) hwy::Prefetch(ahead + b);
+    }
+    const auto decay = hn::Set(d, token.decay[i]), k = hn::Set(d, token.k[i]);
+    for (size_t j = 0; j < kVectors; ++j) {
+      auto x = hn::MulAdd(k, u[j], hn::Mul(decay, load_as(d, s + i * ld + j * n)));
+      if constexpr (kSeparate) x = hn::MulAdd(hn::Set(d, token.p[i]), r[j], x);
+      store_as(d, x, s + i * ld + j * n);
+    }
+  }
+}
+
+// T: the type of the arithmetic; S: the type of the states.
+template <typename T, typename S>
+struct Step {
+  Step(const DeltaRuleParams& params, Carver& carve) : x(params), n(lanes<T>()) {
+    Kp = (x.K + n - 1) / n * n;
+    Vp = (x.V + n - 1) / n * n;
+    token = Token<T>(x, Kp, Vp, carve);
+    edge = carve.take<S>(Kp * n);
+  }
+
+  // `next`: the state that this thread updates after this one, or null.
+  void run(S* state, const S* next, int64_t t, int64_t hv, void* o) {
+    token.load(x, t, hv, Kp, Vp);
+    const size_t V = x.V, block = kStepVectors * n;
+    size_t c = 0;
+    for (; c + block <= V; c += block) {
+      columns<kStepVectors>(state + c, V, c, c + 2 * block <= V ? state + c + block : next);
+    }
+    for (; c + n <= V; c += n) columns<1>(state + c, V, c, nullptr);
+    if (c < V) {  // less than a vector: by way of a padded copy
+      for (int64_t i = 0; i < x.K; ++i) {
+        std::fill_n(edge + i * n, n, S{});
+        std::copy_n(state + i * V + c, V - c, edge + i * n);
+      }
+      columns<1>(edge, n, c, nullptr);
+      for (int64_t i = 0; i < x.K; ++i) std::copy_n(edge + i * n, V - c, state + i * V + c);
+    }
+    store_row(x.dtype, o, (t * x.HV + hv) * x.V, V, token.y);
+  }
+
+  template <size_t kVectors>
+  void columns(S* s, size_t ld, size_t c, const S* next) {
+    if (x.erase == DeltaErase::kNone) {
+      step_read<kVectors, false>(x.K, s, ld, token, c);
+    } else {
+      step_read<kVectors, true>(x.K, s, ld, token, c);
+    }
+    token.solve(x, c, kVectors * n);
+    if (x.erase == DeltaErase::kSeparate) {
+      step_update<kVectors, true>(x.K, s, ld, token, c, next);
+    } else {
+      step_update<kVectors, false>(x.K, s, ld, token, c, next);
+    }
+  }
+
+  const DeltaRuleParams& x;
+  size_t n, Kp, Vp;
+  Token<T> token;
+  S* edge;  // [Kp][lanes]
+};
+
+template <typename T, typename S>
+void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o) {
+  const int64_t size = params.K * params.V, HV = params.HV;
+  // The state of a task, or null where its sequence has none.
+  const auto state = [&](int64_t task) -> S* {
+    const int64_t slot = pool.slots != nullptr ? pool.slots[task / HV] : task / HV;
+    return slot < 0 ? nullptr : static_cast<S*>(pool.states) + (slot * HV + task % HV) * size;
+  };
+  // Several small states per task: handing one out costs more than updating it.
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / size);
+  parallel_for(0, params.num_sequences * HV, grain, [&](int64_t begin, int64_t end) {
+    Carver dry(nullptr);
+    Step<T, S>{params, dry};
+    Carver carve(delta_rule::thread_scratch(dry.used()));
+    Step<T, S> worker(params, carve);
+    for (int64_t task = begin; task < end; ++task) {
+      if (S* s = state(task); s != nullptr) {
+        worker.run(s, task + 1 < end ? state(task + 1) : nullptr, task / HV, task % HV, o);
+      } else {
+        const int64_t bytes = params.V * size_of(params.dtype);
+        std::memset(static_cast<char*>(o) + task * bytes, 0, bytes);
+      }
+    }
+  });
+}
+
+void step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o) {
+  if (params.dtype == DType::kF64) {
+    run_step<double, double>(params, pool, o);
+  } else if (pool.bf16) {
+    run_step<float, BFloat16>(params, pool, o);
+  } else {
+    run_step<float, float>(params, pool, o);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include "gdn/base/check.h"
+
+namespace gdn {
+namespace {
+HWY_EXPORT(step);
+}  // namespace
+
+void delta_rule_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o) {
+  DeltaRuleParams x = params;
+  x.cu_seqlens = nullptr;
+  delta_rule::check_params(x, "delta_rule_step");
+  GDN_CHECK(x.total_tokens == x.num_sequences,
+            "[delta_rule_step] total_tokens must be num_sequences ", x.num_sequences, ", got ",
+            x.total_tokens);
+  GDN_CHECK(!pool.bf16 || x.dtype != DType::kF64,
+            "[delta_rule_step] states must be float64 for float64 inputs, got bfloat16");
+  if (x.num_sequences == 0) return;
+  GDN_CHECK(pool.states != nullptr && o != nullptr, "[delta_rule_step] pool and o must be given");
+  for (int64_t n = 0; n < x.num_sequences; ++n) {
+    const int64_t slot = pool.slots != nullptr ? pool.slots[n] : n;
+    GDN_CHECK(slot < pool.num_slots, "[delta_rule_step] slots must be below num_slots ",
+              pool.num_slots, ", got ", slot);
+  }
+  HWY_DYNAMIC_DISPATCH(step)(x, pool, o);
+}
+
+}  // namespace gdn
+#endif
