@@ -255,6 +255,60 @@ TEST(DeltaRuleChunk, SameBitsForAnyNumberOfThreads) {
   }
 }
 
+// Long sequences of few heads are shared out by panels of values (forward) and by chunks
+// (backward).
+TEST(DeltaRuleChunk, FewHeadsShareTheWork) {
+  struct Heads {
+    int64_t H, HV;
+  };
+  uint64_t seed = 600;
+  for (const Heads heads : {Heads{1, 1}, {3, 3}, {1, 3}}) {
+    for (const DeltaErase erase : {DeltaErase::kKey, DeltaErase::kSeparate}) {
+      Case c;
+      c.erase = erase;
+      c.gate = heads.H == 3 ? DeltaGate::kChannel : DeltaGate::kScalar;
+      c.dtype = DType::kF32;
+      c.seed = ++seed;
+      c.l2norm_qk = heads.HV == 3;
+      c.H = heads.H;
+      c.HV = heads.HV;
+      c.K = 24;
+      c.V = 75;
+      c.lengths = {590};
+      c.chunk_size = seed % 2 == 0 ? 16 : 32;
+      Problem problem(c);
+      const int before = num_threads();
+      set_num_threads(1);
+      const Results one = problem.chunk();
+      expect_close(one, problem.naive(), 2e-5, name(c));
+      for (int threads = 2; threads <= 4; ++threads) {
+        set_num_threads(threads);
+        expect_same_bits(one, problem.chunk(), name(c));
+      }
+      set_num_threads(before);
+    }
+  }
+}
+
+TEST(DeltaRuleChunk, SavedIsAtMostOneAndAHalfTimesTheInputs) {
+  for (const int64_t T : {512, 4096, 65536}) {
+    for (const int64_t size : {32, 64, 128, 192, 256}) {
+      for (const int64_t group : {1, 2, 4}) {
+        DeltaRuleParams x;
+        x.num_sequences = 1;
+        x.total_tokens = T;
+        x.H = 16 / group;
+        x.HV = 16;
+        x.K = x.V = size;
+        x.q = x.k = x.v = &x;  // only sizes are looked at
+        const int64_t inputs = T * (2 * x.H * x.K + x.HV * x.V);
+        EXPECT_LE(2 * delta_rule_saved_size(x), 3 * inputs)
+            << "T=" << T << " K=V=" << size << " group " << group;
+      }
+    }
+  }
+}
+
 TEST(DeltaRuleChunk, RejectsWhatDoesNotFit) {
   const auto message = [](auto change) -> std::string {
     Problem problem{Case()};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form backward for one key head of one sequence with all its value heads, chunks from
-// last to first. Include inside the foreach_target pattern.
+// The chunk form backward: one chunk of one key head with its value heads. backward_run-inl.h goes
+// through the chunks. Include inside the foreach_target pattern.
 #if defined(GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_
 #undef GDN_KERNELS_DELTA_RULE_BACKWARD_INL_H_
@@ -14,21 +14,25 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
+// Per chunk and value head, in this order: prepare; retreat_values for each panel; key_products;
+// retreat_state for each panel, which may also come before key_products if the gradient of the
+// state at the chunk's end is kept; head_grads. Before the first value head begin_keys, after the
+// last store_keys.
 template <typename T>
-struct Backward {
-  Backward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
+struct ChunkBackward {
+  ChunkBackward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
-    const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W;
-    per_segment = delta_rule::kSegment / C;
-    states = carve.take<T>(L.group * per_segment * L.state_size());
-    d_state = carve.take<T>(L.group * L.state_size());
-    values = carve.take<T>(L.panels * W * C * PW);
-    valuesT = carve.take<T>(PW * W * C);
-    d_values = carve.take<T>(L.panels * W * C * PW);
-    xdo = carve.take<T>(L.panels * 2 * C * PW);
-    xdoT = carve.take<T>(PW * 2 * C);
-    if (core.x.beta != nullptr) rests = carve.take<T>(L.panels * C * PW);
-    if (core.x.beta != nullptr) d_betas = carve.take<T>(L.panels * C * PW);
+    const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W, V = L.panels * PW;
+    values = carve.take<T>(V * W * C);
+    valuesT = carve.take<T>(V * W * C);
+    xdo = carve.take<T>(V * 2 * C);
+    xdoT = carve.take<T>(V * 2 * C);
+    if (W == 2) d_v = carve.take<T>(V * C);
+    if (params.beta != nullptr) {
+      rests = carve.take<T>(V * C);
+      d_betas = carve.take<T>(V * C);
+      d_beta = carve.take<T>(L.panels * C);
+    }
     dZ = carve.take<T>(2 * C * W * C);
     readT = carve.take<T>(Kp * 2 * C);
     writeT = carve.take<T>(Kp * W * C);
@@ -36,54 +40,33 @@ struct Backward {
     d_w = carve.take<T>(W * C * Kp);
     d_end = carve.take<T>(Kp);
     dG = carve.take<T>(L.channel ? C * Kp : C);
-    d_beta = carve.take<T>(C);
-    sum_bq = carve.take<T>(2 * C * Kp);
-    sum_w = carve.take<T>(W * C * Kp);
+    sum_bq = L.group > 1 ? carve.take<T>(2 * C * Kp) : d_bq;
+    sum_w = L.group > 1 ? carve.take<T>(W * C * Kp) : d_w;
     tmp = carve.take<T>(C * Kp);
   }
 
-  void run(const void* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h,
-           int64_t saved_offset) {
-    const auto& x = core.x;
+  void begin_keys(int64_t t, size_t count, int64_t h) {
     const auto& L = core.L;
-    const int64_t C = L.C, group = L.group, size = x.K * x.V;
-    const auto range = delta_rule::sequence_range(x, n);
-    const int64_t tokens = range.end - range.begin;
-    constexpr int64_t segment = delta_rule::kSegment;
-    core.clear();
-    begin_ = range.begin;
-    for (int64_t i = 0; i < group; ++i) {
-      const T* last = static_cast<const T*>(grads.d_final_state);
-      const int64_t task = n * x.HV + h * group + i;
-      core.load_state(last != nullptr ? last + task * size : nullptr, d_state + i * L.state_size());
-    }
-    const int64_t segments = (tokens + segment - 1) / segment;
-    for (int64_t s = segments - 1; s >= 0; --s) {
-      const int64_t begin = range.begin + s * segment, end = std::min(begin + segment, range.end);
-      for (int64_t i = 0; i < group; ++i) {
-        const int64_t hv = h * group + i;
-        const T* start = static_cast<const T*>(x.initial_state);
-        if (start != nullptr) start += (n * x.HV + hv) * size;
-        if (s > 0) {
-          start =
-              static_cast<const T*>(saved) + saved_offset + (hv * (segments - 1) + s - 1) * size;
-        }
-        recompute_states(start, static_cast<const T*>(saved), grads, begin, end, h, i);
-      }
-      for (int64_t c = (end - begin - 1) / C; c >= 0; --c) {
-        chunk(static_cast<const T*>(saved), grads, begin + c * C, std::min(C, end - begin - c * C),
-              h, c);
-      }
-    }
-    if (grads.d_initial_state != nullptr) {
-      for (int64_t i = 0; i < group; ++i) {
-        core.store_state(d_state + i * L.state_size(), static_cast<T*>(grads.d_initial_state) +
-                                                           (n * x.HV + h * group + i) * size);
-      }
-    }
+    core.load_keys(t, count, h);
+    if (L.group == 1) return;
+    std::fill_n(sum_bq, 2 * L.C * L.Kp, T(0));
+    std::fill_n(sum_w, L.W * L.C * L.Kp, T(0));
   }
 
-  T* state(int64_t i, int64_t c) { return states + (i * per_segment + c) * core.L.state_size(); }
+  void store_keys(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t h) {
+    const auto& x = core.x;
+    const size_t half = core.L.C * core.L.Kp;
+    T* dk = sum_w + (core.L.W - 1) * half;
+    if (x.erase == DeltaErase::kKey) add_scaled(half, sum_bq, T(1), sum_w);
+    if (x.l2norm_qk) {
+      norm_grads(count, core.bq + half, core.q_norm, sum_bq + half);
+      norm_grads(count, core.key_rows(), core.k_norm, dk);
+    }
+    store_rows(grads.dq, t, count, h, sum_bq + half);
+    store_rows(grads.dk, t, count, h, dk);
+    if (delta_rule::has_a(x.erase)) store_rows(grads.da, t, count, h, sum_bq);
+    if (x.erase == DeltaErase::kSeparate) store_rows(grads.dp, t, count, h, sum_w);
+  }
 
   // The values the chunk wrote: U, and V behind it in the separate form. Where there is a beta,
   // what forward saved (or v) comes without it, and is kept in `rests`.
@@ -104,49 +87,135 @@ struct Backward {
     }
   }
 
-  void recompute_states(const T* start, const T* saved, const DeltaRuleGrads& grads, int64_t begin,
-                        int64_t end, int64_t h, int64_t i) {
+  void prepare(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
+    const auto& x = core.x;
     const auto& L = core.L;
-    const int64_t hv = h * L.group + i;
-    core.load_state(start, state(i, 0));
-    int64_t c = 0;
-    for (int64_t t = begin; t + static_cast<int64_t>(L.C) < end; t += L.C, ++c) {
-      const int64_t next = t + L.C, left = end - next;
-      if (left > static_cast<int64_t>(L.C)) {
-        expect_recompute(saved, next, L.C, hv);
-      } else {
-        expect(saved, grads, next, left, hv);
-      }
-      core.load_keys(t, L.C, h, /*readers=*/false);
-      core.load_gate(t, L.C, hv);
-      load_written(saved, t, L.C, hv);
-      for (size_t p = 0; p < L.panels; ++p) {
-        core.advance_state(p, values + p * L.W * L.C * L.PW, state(i, c) + p * L.Kp * L.PW,
-                           state(i, c + 1) + p * L.Kp * L.PW);
-      }
+    const size_t half = L.C * L.PW;
+    core.load_gate(t, count, hv);
+    core.decay_readers();
+    core.scores();
+    load_written(saved, t, count, hv);
+    if (grads.d_o != nullptr) {
+      core.load_values(x.dtype, grads.d_o, t, count, hv, xdo + half, 2 * half);
+    } else {
+      for (size_t p = 0; p < L.panels; ++p) std::fill_n(xdo + (2 * p + 1) * half, half, T(0));
     }
   }
 
-  void chunk(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t h,
-             int64_t c) {
+  // From ds, panel p of the gradient of the state at the chunk's end: X (without an erase, dU), and
+  // the values' gradient.
+  void retreat_values(size_t p, const T* ds) {
+    const auto& L = core.L;
+    const size_t C = L.C, PW = L.PW, WC = L.W * C, columns = L.columns(p);
+    T *X = xdo + p * 2 * C * PW, *d_out = X + C * PW;
+    for (size_t half = 0; half < L.W; ++half) {
+      gemm<false>(FromTriangle<T, true>{core.Z + C * WC + half * C, WC, d_out, PW, C}, C, columns,
+                  {L.Kp}, core.wEh + half * C * L.Kp, L.Kp, ds, PW,
+                  half == 0 ? X : d_v + p * C * PW, PW);
+    }
+    const bool has_beta = core.x.beta != nullptr;
+    T* d_u = has_beta ? d_betas + p * C * PW : nullptr;  // the gradient of U itself
+    if (L.first == 0) {
+      core.with_beta(p, [&](auto factors) HWY_ATTR {
+        solve_lower_transposed(C, columns, core.Z, WC, factors, X, PW, d_u);
+      });
+    } else if (has_beta) {
+      std::copy_n(X, C * PW, d_u);
+      core.times_beta(p, X, X);
+    }
+    if (has_beta) beta_grads(columns, rests + p * C * PW, d_u, d_beta + p * C);
+    if (L.W == 2) {
+      gemm_lower_transposed(C, columns, core.Z + C, WC, X, PW, d_v + p * C * PW, PW);
+    }
+  }
+
+  // next = the gradient of the state at the chunk's start, panel p; next may be ds.
+  void retreat_state(size_t p, const T* ds, T* next) {
+    const auto& L = core.L;
+    const FromScaledRows<T> decayed{ds, L.PW, core.end_decay(), L.channel ? size_t{1} : 0};
+    const Depth depth{kSub, (2 * L.C - L.first) / kSub, kSub * L.Kp, kSub * L.PW};
+    gemm<true>(decayed, L.Kp, L.columns(p), depth, core.bqE + L.first * L.Kp, L.Kp,
+               xdo + (p * 2 * L.C + L.first) * L.PW, L.PW, next, L.PW,
+               [this]() HWY_ATTR { core.ahead.some_lines(); });
+  }
+
+  // What the keys' gradients need of the states at the chunk's start (s) and end (ds: gradient).
+  void key_products(const T* s, const T* ds) {
+    const auto& L = core.L;
+    const size_t C = L.C, Kp = L.Kp, PW = L.PW, WC = L.W * C, first = L.first;
+    for (size_t p = 0; p < L.panels; ++p) {
+      transpose(WC, L.columns(p), values + p * WC * PW, PW, valuesT + p * PW * WC, WC);
+      transpose(2 * C - first, L.columns(p), xdo + (p * 2 * C + first) * PW, PW,
+                xdoT + p * PW * 2 * C + first, 2 * C);
+    }
+    for (size_t half = first; half < 2 * C; half += C) {
+      for (size_t r = 0; r < C; r += kSub) {
+        for (size_t w = 0; w < WC; w += C) {
+          over_values(kSub, r + kSub, xdo + (half + r) * PW, 2 * C * PW, valuesT + w, WC,
+                      dZ + (half + r) * WC + w);
+        }
+      }
+    }
+    over_values(Kp, WC, ds, Kp * PW, valuesT, WC, writeT);
+    over_values(Kp, 2 * C - first, s, Kp * PW, xdoT + first, 2 * C, readT + first);
+    if (core.x.gate == DeltaGate::kNone) return;
+    const Tag<T> d;
+    const T* end = core.end_decay();
+    auto total = hn::Zero(d);
+    for (size_t i = 0; i < Kp; ++i) {
+      auto sum = hn::Zero(d);
+      for (size_t p = 0; p < L.panels; ++p) {
+        const size_t row = (p * Kp + i) * PW;
+        for (size_t j = row; j < row + L.columns(p); j += hn::Lanes(d)) {
+          sum = hn::MulAdd(hn::Load(d, ds + j), hn::Load(d, s + j), sum);
+        }
+      }
+      if (L.channel) {
+        d_end[i] = end[i] * hn::GetLane(hn::SumOfLanes(d, sum));
+      } else {
+        total = hn::Add(total, sum);
+      }
+    }
+    if (L.channel) return;
+    std::fill_n(d_end, Kp, T(0));
+    d_end[0] = end[0] * hn::GetLane(hn::SumOfLanes(d, total));
+  }
+
+  // The gradients of one value head: stored, and those of the keys added to the group's.
+  void head_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
     const auto& x = core.x;
     const auto& L = core.L;
-    const size_t half = L.C * L.Kp;
-    core.load_keys(t, count, h);
-    std::fill_n(sum_bq, 2 * half, T(0));
-    std::fill_n(sum_w, L.W * half, T(0));
-    for (size_t i = 0; i < L.group; ++i) {
-      head(saved, grads, t, count, h * L.group + i, state(i, c), d_state + i * L.state_size());
+    const size_t half = L.C * L.PW;
+    if (L.W == 2) {
+      core.store_values(x.dtype, grads.dv, t, count, hv, d_v, half);
+    } else {
+      core.store_values(x.dtype, grads.dv, t, count, hv, xdo, 2 * half);
     }
-    if (x.erase == DeltaErase::kKey) add_scaled(half, sum_bq, T(1), sum_w);
-    if (x.l2norm_qk) {
-      norm_grads(count, core.bq + half, core.q_norm, sum_bq + half);
-      norm_grads(count, core.key_rows(), core.k_norm, sum_w + (L.W - 1) * half);
+    key_grads();
+    gate_grads(grads, t, count, hv);
+    if (L.group == 1) return;
+    add_scaled((2 * L.C - L.first) * L.Kp, d_bq + L.first * L.Kp, T(1), sum_bq + L.first * L.Kp);
+    add_scaled(L.W * L.C * L.Kp, d_w, T(1), sum_w);
+  }
+
+ private:
+  void store_rows(void* dst, int64_t t, size_t count, int64_t h, const T* src) const {
+    const auto& x = core.x;
+    for (size_t i = 0; i < count; ++i) {
+      store_row(x.dtype, dst, ((t + i) * x.H + h) * x.K, x.K, src + i * core.L.Kp);
     }
-    store_keys(grads.dq, t, count, h, sum_bq + half);
-    if (delta_rule::has_a(x.erase)) store_keys(grads.da, t, count, h, sum_bq);
-    if (x.erase == DeltaErase::kSeparate) store_keys(grads.dp, t, count, h, sum_w);
-    store_keys(grads.dk, t, count, h, sum_w + (L.W - 1) * half);
+  }
+
+  // C[m,n] = A B where the columns of A, `a_step` apart from panel to panel, and the rows of B are
+  // values.
+  void over_values(size_t m, size_t n, const T* a, size_t a_step, const T* b, size_t ldb, T* c) {
+    const auto& L = core.L;
+    const size_t PW = L.PW, full = L.full_panels();
+    const auto between = [this]() HWY_ATTR { core.ahead.some_lines(); };
+    gemm<false>(FromZero<T>(), m, n, {PW, full, a_step, PW * ldb}, a, PW, b, ldb, c, ldb, between);
+    if (full == L.panels) return;
+    gemm<Into::kAdd, false>(m, n, L.columns(full), a + full * a_step, PW, b + full * PW * ldb, ldb,
+                            c, ldb);
   }
 
   // From the gradient of normalised rows y to that of the rows themselves.
@@ -159,143 +228,8 @@ struct Backward {
     }
   }
 
-  void store_keys(void* dst, int64_t t, size_t count, int64_t h, const T* src) const {
-    const auto& x = core.x;
-    for (size_t i = 0; i < count; ++i) {
-      store_row(x.dtype, dst, ((t + i) * x.H + h) * x.K, x.K, src + i * core.L.Kp);
-    }
-  }
-
-  void head(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv,
-            const T* s, T* ds) {
-    const auto& x = core.x;
-    const auto& L = core.L;
-    const size_t C = L.C, Kp = L.Kp;
-    core.load_gate(t, count, hv);
-    core.decay_readers();
-    core.scores();
-    std::fill_n(dZ, 2 * C * L.W * C, T(0));
-    std::fill_n(readT, Kp * 2 * C, T(0));
-    std::fill_n(writeT, Kp * L.W * C, T(0));
-    std::fill_n(d_end, Kp, T(0));
-    std::fill_n(d_beta, C, T(0));
-    if (t > begin_) {
-      expect(saved, grads, t - C, C, hv);
-    } else if (hv + 1 < x.HV) {
-      expect_recompute(saved, begin_, count, hv + 1);
-    }
-    load_written(saved, t, count, hv);
-    T* d_out = xdo + C * L.PW;
-    if (grads.d_o != nullptr) {
-      core.load_values(x.dtype, grads.d_o, t, count, hv, d_out, 2 * C * L.PW);
-    } else {
-      for (size_t p = 0; p < L.panels; ++p) std::fill_n(d_out + p * 2 * C * L.PW, C * L.PW, T(0));
-    }
-    for (size_t p = 0; p < L.panels; ++p) {
-      panel(p, s + p * Kp * L.PW, ds + p * Kp * L.PW);
-    }
-    core.store_values(x.dtype, grads.dv, t, count, hv, d_values + (L.W - 1) * C * L.PW,
-                      L.W * C * L.PW);
-    key_grads();
-    gate_grads(grads, t, count, hv);
-    add_scaled((2 * C - L.first) * Kp, d_bq + L.first * Kp, T(1), sum_bq + L.first * Kp);
-    add_scaled(L.W * C * Kp, d_w, T(1), sum_w);
-  }
-
-  // What the chunk of n tokens from t, the one before this in the sequence, will touch.
-  void expect(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t n, int64_t hv) {
-    const auto& x = core.x;
-    const int64_t h = hv / core.L.group;
-    core.ahead.clear();
-    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, h);
-    for (const void* keys : {grads.dq, grads.dk, grads.da, grads.dp})
-      core.expect_keys(keys, t, n, h);
-    core.expect_values(x.dtype, grads.d_o, t, n, hv);
-    core.expect_values(x.dtype, grads.dv, t, n, hv);
-    expect_written(saved, t, n, hv);
-    const auto& L = core.L;
-    core.ahead.spread(
-        std::max<size_t>(1, L.panels * L.Kp * (2 + 3 * L.W * L.C / L.PW) / kTileRows));
-  }
-
-  // What recomputing the state after the chunk of n tokens from t will touch.
-  void expect_recompute(const T* saved, int64_t t, size_t n, int64_t hv) {
-    const auto& x = core.x;
-    core.ahead.clear();
-    for (const void* keys : {x.k, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
-    expect_written(saved, t, n, hv);
-    core.ahead.spread(core.L.panels * core.L.Kp / kTileRows);
-  }
-  void expect_written(const T* saved, int64_t t, size_t n, int64_t hv) {
-    const auto& x = core.x;
-    const bool reads_v = x.erase == DeltaErase::kNone || x.erase == DeltaErase::kSeparate;
-    if (reads_v) core.expect_values(x.dtype, x.v, t, n, hv);
-    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
-  }
-
-  // Everything that goes over the columns of V; ds becomes the gradient of the state at the chunk's
-  // start.
-  void panel(size_t p, const T* s, T* ds) {
-    const auto& L = core.L;
-    const size_t C = L.C, Kp = L.Kp, PW = L.PW, WC = L.W * C, columns = L.columns(p);
-    T *x_do = xdo + p * 2 * C * PW, *d_out = x_do + C * PW, *d_value = d_values + p * WC * PW;
-    const T* value = values + p * WC * PW;
-
-    gemm<Into::kSet, false>(WC, columns, Kp, core.wEh, Kp, ds, PW, d_value, PW);
-    for (size_t half = 0; half < L.W; ++half) {
-      gemm_lower_transposed(C, columns, core.Z + C * WC + half * C, WC, d_out, PW,
-                            d_value + half * C * PW, PW);
-    }
-    const bool has_beta = core.x.beta != nullptr;
-    T* d_beta = has_beta ? d_betas + p * C * PW : nullptr;  // first the gradient of U itself
-    if (L.first == 0) {
-      core.with_beta(p, [&](auto factors) HWY_ATTR {
-        solve_lower_transposed(C, columns, core.Z, WC, factors, d_value, PW, d_beta);
-      });
-      std::copy_n(d_value, C * PW, x_do);
-    } else if (has_beta) {
-      std::copy_n(d_value, C * PW, d_beta);
-      core.times_beta(p, d_value, d_value);
-    }
-    if (has_beta) beta_grads(columns, rests + p * C * PW, d_beta);
-    if (core.x.erase == DeltaErase::kSeparate) {
-      gemm_lower_transposed(C, columns, core.Z + C, WC, x_do, PW, d_value + C * PW, PW);
-    }
-
-    transpose(WC, columns, value, PW, valuesT, WC);
-    transpose(2 * C - L.first, columns, x_do + L.first * PW, PW, xdoT + L.first, 2 * C);
-    gemm<Into::kAdd, false>(2 * C - L.first, WC, columns, x_do + L.first * PW, PW, valuesT, WC,
-                            dZ + L.first * WC, WC);
-    gemm<Into::kAdd, false>(Kp, WC, columns, ds, PW, valuesT, WC, writeT, WC,
-                            [this]() HWY_ATTR { core.ahead.some_rows(); });
-    gemm<Into::kAdd, false>(Kp, 2 * C - L.first, columns, s, PW, xdoT + L.first, 2 * C,
-                            readT + L.first, 2 * C, [this]() HWY_ATTR { core.ahead.some_rows(); });
-
-    const Tag<T> d;
-    const T* end = core.end_decay();
-    auto total = hn::Zero(d);
-    for (size_t i = 0; i < Kp; ++i) {
-      const auto f = hn::Set(d, end[L.channel ? i : 0]);
-      auto sum = hn::Zero(d);
-      for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
-        const auto g = hn::Mul(f, hn::Load(d, ds + i * PW + j));
-        sum = hn::MulAdd(g, hn::Load(d, s + i * PW + j), sum);
-        hn::Store(g, d, ds + i * PW + j);
-      }
-      if (L.channel) {
-        d_end[i] += hn::GetLane(hn::SumOfLanes(d, sum));
-      } else {
-        total = hn::Add(total, sum);
-      }
-    }
-    if (!L.channel) d_end[0] += hn::GetLane(hn::SumOfLanes(d, total));
-    gemm<Into::kAdd, true>(Kp, columns, 2 * C - L.first, core.bqE + L.first * Kp, Kp,
-                           x_do + L.first * PW, PW, ds, PW,
-                           [this]() HWY_ATTR { core.ahead.some_rows(); });
-  }
-
   // From U without beta, and the gradient of U, one panel: beta's gradient in place of the latter.
-  void beta_grads(size_t columns, const T* rest, T* d_u) {
+  void beta_grads(size_t columns, const T* rest, T* d_u, T* sums) const {
     const size_t PW = core.L.PW;
     const Tag<T> d;
     for (size_t i = 0; i < core.L.C; ++i) {
@@ -305,11 +239,11 @@ struct Backward {
         hn::Store(product, d, d_u + j);
         sum = hn::Add(sum, product);
       }
-      d_beta[i] += hn::GetLane(hn::SumOfLanes(d, sum));
+      sums[i] = hn::GetLane(hn::SumOfLanes(d, sum));
     }
   }
 
-  // d_bq and d_w from what the panels left in dZ, readT and writeT.
+  // d_bq and d_w from dZ, readT and writeT.
   void key_grads() {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, WC = L.W * C;
@@ -434,7 +368,9 @@ struct Backward {
       core.store_values(kDTypeOf<T>, grads.dbeta, t, count, hv, d_betas, C * L.PW);
     } else if (x.beta != nullptr) {
       for (size_t i = 0; i < count; ++i) {
-        static_cast<T*>(grads.dbeta)[(t + i) * x.HV + hv] = d_beta[i];
+        T sum = T(0);
+        for (size_t p = 0; p < L.panels; ++p) sum += d_beta[p * C + i];
+        static_cast<T*>(grads.dbeta)[(t + i) * x.HV + hv] = sum;
       }
     }
     if (x.gate == DeltaGate::kNone) return;
@@ -477,21 +413,22 @@ struct Backward {
     }
   }
 
+ public:
   Core<T> core;
-  int64_t begin_ = 0;      // first token of the sequence
-  int64_t per_segment;     // chunks per segment
-  T *states, *d_state;     // [group][per_segment] states of a segment; [group]
-  T *values, *valuesT;     // [W C][PW], [PW][W C]: what the chunk wrote
-  T* d_values;             // [W C][PW]
-  T *xdo, *xdoT;           // [2C][PW]: X and dO, [PW][2C]
-  T* rests = nullptr;      // [C][PW] values without beta
-  T* d_betas = nullptr;    // [C][PW] gradient of beta per value channel
-  T* dZ;                   // [2C][W C]
-  T *readT, *writeT;       // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
-  T *d_bq, *d_w;           // [2C][Kp], [W C][Kp]
-  T *d_end, *dG, *d_beta;  // [Kp], [C] or [C][Kp], [C]
-  T *sum_bq, *sum_w;       // d_bq, d_w over the value heads of the group
-  T* tmp;                  // [C][Kp]
+  T* values;  // [panels][W C][PW] what the chunk wrote
+
+ private:
+  T *valuesT, *xdo, *xdoT;  // [V][W C]; [panels][2C][PW] X and dO; [V][2C]
+  T* d_v = nullptr;         // [panels][C][PW] separate form: gradient of V (else it is X)
+  T* rests = nullptr;       // [panels][C][PW] values without beta
+  T* d_betas = nullptr;     // [panels][C][PW] gradient of beta per value channel
+  T* d_beta = nullptr;      // [panels][C] its sum over a panel
+  T* dZ;                    // [2C][W C]
+  T *readT, *writeT;        // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
+  T *d_bq, *d_w;            // [2C][Kp], [W C][Kp]
+  T *d_end, *dG;            // [Kp], [C] or [C][Kp]
+  T *sum_bq, *sum_w;        // d_bq, d_w over the value heads of the group
+  T* tmp;                   // [C][Kp]
 };
 
 }  // namespace HWY_NAMESPACE

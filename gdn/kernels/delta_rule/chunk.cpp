@@ -6,9 +6,12 @@
 // clang-format off: foreach_target.h includes this file once per target and must come first.
 #include "hwy/foreach_target.h"
 // clang-format on
+#include <atomic>
+
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/delta_rule/backward-inl.h"
+#include "gdn/kernels/delta_rule/backward_run-inl.h"
 #include "gdn/kernels/delta_rule/forward-inl.h"
+#include "gdn/kernels/delta_rule/plan.h"
 #include "gdn/kernels/delta_rule/scratch.h"
 #include "hwy/highway.h"
 
@@ -17,36 +20,60 @@ namespace gdn {
 namespace HWY_NAMESPACE {
 
 // Builds a Worker on this thread's scratch memory; a dry construction tells how much it takes.
-template <typename Worker>
-Worker make_worker(const DeltaRuleParams& params) {
+template <typename Worker, typename... Args>
+Worker make_worker(Args&&... args) {
   Carver dry(nullptr);
-  Worker{params, dry};
+  Worker{args..., dry};
   Carver carve(delta_rule::thread_scratch(dry.used()));
-  return Worker(params, carve);
+  return Worker(args..., carve);
+}
+
+// Calls work(worker, task) for every task. Threads take the next one when they are free: tasks are
+// of different lengths, and so are threads' shares of the machine.
+template <typename MakeWorker, typename Work>
+void share_out(const std::vector<delta_rule::Task>& tasks, MakeWorker make, Work work) {
+  std::atomic<size_t> next{0};
+  const int64_t threads = std::min<int64_t>(num_threads(), tasks.size());
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    size_t i = next.fetch_add(1);
+    if (i >= tasks.size()) return;
+    auto worker = make();
+    for (; i < tasks.size(); i = next.fetch_add(1)) work(worker, tasks[i]);
+  });
 }
 
 template <typename T>
 void run_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out) {
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
-  parallel_for(0, params.num_sequences * params.HV, 1, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker<Forward<T>>(params);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / params.HV;
-      worker.run(out, n, task % params.HV, offsets[n]);
-    }
-  });
+  const Layout<T> L(params);
+  const auto plan = delta_rule::forward_plan(params, L.panels, L.state_size() * sizeof(T));
+  share_out(
+      plan.tasks, [&] { return make_worker<Forward<T>>(params, plan.heads); },
+      [&](Forward<T>& worker, const delta_rule::Task& task) {
+        worker.run(out, task.n, task.h0, task.h1, task.p0, task.p1, offsets[task.n]);
+      });
 }
 
 template <typename T>
 void run_backward(const DeltaRuleParams& params, const void* saved, const DeltaRuleGrads& grads) {
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
-  parallel_for(0, params.num_sequences * params.H, 1, [&](int64_t begin, int64_t end) {
-    auto worker = make_worker<Backward<T>>(params);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / params.H;
-      worker.run(saved, grads, n, task % params.H, offsets[n]);
+  const Layout<T> L(params);
+  const auto plan = delta_rule::backward_plan(params, L.state_size() * sizeof(T));
+  const T* kept = static_cast<const T*>(saved);
+  if (plan.together) {
+    auto worker = make_worker<BackwardTogether<T>>(params);
+    for (const auto& task : plan.tasks) {
+      for (int64_t h = task.h0; h < task.h1; ++h) {
+        worker.run(kept, grads, task.n, h, offsets[task.n]);
+      }
     }
-  });
+    return;
+  }
+  share_out(
+      plan.tasks, [&] { return make_worker<BackwardByHead<T>>(params, plan.heads); },
+      [&](BackwardByHead<T>& worker, const delta_rule::Task& task) {
+        worker.run(kept, grads, task.n, task.h0, task.h1, offsets[task.n]);
+      });
 }
 
 void chunk_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out) {
@@ -60,7 +87,6 @@ void chunk_backward(const DeltaRuleParams& params, const void* saved, const Delt
 }  // namespace HWY_NAMESPACE
 }  // namespace gdn
 HWY_AFTER_NAMESPACE();
-
 #if HWY_ONCE
 #include "gdn/base/check.h"
 

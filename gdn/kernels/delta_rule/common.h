@@ -33,12 +33,23 @@ inline int64_t chunk_size(const DeltaRuleParams& p) {
   return p.K <= 64 && p.V <= 64 ? 16 : 32;
 }
 
-// `saved` holds the solved values U [T_total,HV,V] (none without an erase), then the state at every
-// kSegment-th token but the first of each sequence, [sequence][value head][index][K,V]; backward
-// recomputes the states between.
-inline constexpr int64_t kSegment = 128;
+// `saved` holds the solved values U without their beta [T_total,HV,V] (none without an erase), then
+// the state at each token that is a multiple of segment(), but the first, of each sequence,
+// [sequence][value head][index][K,V]; backward recomputes the states between. The segment is as
+// short as keeps all this below 1.4 times the inputs.
+inline int64_t segment(const DeltaRuleParams& p) {
+  const double values = p.erase == DeltaErase::kNone ? 0 : p.V;
+  const double inputs = static_cast<double>(2 * p.K * p.H) / static_cast<double>(p.HV) + p.V;
+  int64_t tokens = 64;
+  while (tokens < 256 && values + static_cast<double>(p.K * p.V / tokens) > 1.4 * inputs) {
+    tokens *= 2;
+  }
+  return tokens;
+}
 
-inline int64_t saved_states(int64_t tokens) { return tokens == 0 ? 0 : (tokens - 1) / kSegment; }
+inline int64_t saved_states(const DeltaRuleParams& p, int64_t tokens) {
+  return tokens == 0 ? 0 : (tokens - 1) / segment(p);
+}
 inline int64_t saved_values_size(const DeltaRuleParams& p) {
   return p.erase == DeltaErase::kNone ? 0 : p.total_tokens * p.HV * p.V;
 }
@@ -47,7 +58,7 @@ inline std::vector<int64_t> saved_offsets(const DeltaRuleParams& p) {
   std::vector<int64_t> offsets(p.num_sequences + 1, saved_values_size(p));
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const auto range = sequence_range(p, n);
-    offsets[n + 1] = offsets[n] + saved_states(range.end - range.begin) * p.HV * p.K * p.V;
+    offsets[n + 1] = offsets[n] + saved_states(p, range.end - range.begin) * p.HV * p.K * p.V;
   }
   return offsets;
 }

@@ -103,27 +103,37 @@ class Carver {
   size_t used_ = 0;
 };
 
-// Rows that the next chunk will load or store, brought near a few at a time between the products of
-// this chunk: they lie a page apart in memory, where no hardware prefetcher follows.
+// Rows that the next chunk will load or store, brought to L2 a few lines at a time between the
+// products of this chunk: they lie a page apart in memory, where no hardware prefetcher follows.
+// Not to L1, which they would only clear, and not many at once, or the products wait for them.
 class Prefetcher {
  public:
-  void clear() { tensors_ = next_ = rows_ = 0; }
+  void clear() { tensors_ = row_ = tensor_ = line_ = rows_ = 0; }
   // `width` elements of `size` bytes from `first` on, and again every `stride` elements: `rows`
   // rows.
   void add(const void* src, int64_t size, int64_t first, int64_t stride, int64_t width,
-           size_t rows) {
+           int64_t rows) {
     if (src == nullptr || tensors_ == kMaxTensors) return;
     list_[tensors_++] = {static_cast<const char*>(src) + first * size, stride * size, width * size};
     rows_ = rows;
   }
-  // Spreads what was added over `calls` calls of some_rows.
-  void spread(size_t calls) { burst_ = (tensors_ * rows_ + calls - 1) / calls; }
-  HWY_INLINE void some_rows() {
-    const size_t end = std::min(next_ + burst_, tensors_ * rows_);
-    for (; next_ < end; ++next_) {
-      const Rows& tensor = list_[next_ % tensors_];
-      const char* row = tensor.first + static_cast<int64_t>(next_ / tensors_) * tensor.stride;
-      for (int64_t i = 0; i < tensor.bytes; i += 64) hwy::Prefetch(row + i);
+  // Spreads what was added over `calls` calls of some_lines.
+  void spread(size_t calls) {
+    size_t lines = 0;
+    for (size_t i = 0; i < tensors_; ++i) lines += rows_ * (list_[i].bytes + 63) / 64;
+    burst_ = (lines + calls - 1) / std::max<size_t>(1, calls);
+  }
+  HWY_INLINE void some_lines() {
+    for (size_t i = 0; i < burst_ && row_ < rows_; ++i) {
+      const Rows& tensor = list_[tensor_];
+      // To L2 (locality 2), for which Highway has no name.
+      __builtin_prefetch(tensor.first + row_ * tensor.stride + line_, 0, 2);
+      line_ += 64;
+      if (line_ < tensor.bytes) continue;
+      line_ = 0;
+      if (++tensor_ < tensors_) continue;
+      tensor_ = 0;
+      ++row_;
     }
   }
 
@@ -134,7 +144,8 @@ class Prefetcher {
   };
   static constexpr size_t kMaxTensors = 12;
   Rows list_[kMaxTensors];
-  size_t tensors_ = 0, rows_ = 0, next_ = 0, burst_ = 1;
+  size_t tensors_ = 0, tensor_ = 0, burst_ = 1;  // how many; the next one; lines per call
+  int64_t rows_ = 0, row_ = 0, line_ = 0;        // of each; the next row; the next byte of it
 };
 
 // Sizes after padding. Keys are padded to whole vectors and register tiles; values are cut into
@@ -159,6 +170,7 @@ struct Layout {
   size_t valid(size_t p) const { return std::min(PW, V - p * PW); }
   size_t columns(size_t p) const { return (valid(p) + lanes<T>() - 1) / lanes<T>() * lanes<T>(); }
   size_t state_size() const { return panels * Kp * PW; }
+  size_t full_panels() const { return columns(panels - 1) == PW ? panels : panels - 1; }
 
   size_t C, K, V, PW, panels;
   size_t W;  // write keys per token: 1, or 2 (p then k) for a separate erase
@@ -429,33 +441,60 @@ struct Core {
     }
   }
 
-  // Rows [0, n) of values into panels, zero below: row i of panel p goes to dst + p * stride + i *
-  // PW. Whole rows at a time, because tokens lie HV * V elements apart in memory.
+  // Rows [0, n) of values into panels [p0, p1), zero below: row i of panel p goes to
+  // dst + p * stride + i * PW. Whole rows at a time, because tokens lie HV * V elements apart in
+  // memory.
   void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, T* dst,
                    size_t stride) const {
     const Tag<T> d;
+    const size_t begin = p0 * L.PW, end = std::min(L.V, p1 * L.PW);
     for (size_t i = 0; i < n; ++i) {
-      load_row(dtype, src, ((t0 + i) * x.HV + hv) * x.V, L.V, row);
-      for (size_t p = 0; p < L.panels; ++p) {
+      const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
+      const T* from = row;
+      size_t direct = 0;  // whole panels can come from where they lie
+      if (dtype == kDTypeOf<T>) {
+        from = static_cast<const T*>(src) + at;
+        direct = (end - begin) / L.PW;
+      }
+      for (size_t p = p0; p < p0 + direct; ++p) {
+        for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
+          hn::Store(hn::LoadU(d, from + p * L.PW + j), d, dst + p * stride + i * L.PW + j);
+        }
+      }
+      const size_t rest = begin + direct * L.PW;
+      if (rest == end) continue;
+      load_row(dtype, src, at + rest, end - rest, row + rest);
+      for (size_t p = p0 + direct; p < p1; ++p) {
         for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
           hn::Store(hn::Load(d, row + p * L.PW + j), d, dst + p * stride + i * L.PW + j);
         }
       }
     }
-    for (size_t p = 0; p < L.panels; ++p) {
+    for (size_t p = p0; p < p1; ++p) {
       std::fill(dst + p * stride + n * L.PW, dst + p * stride + L.C * L.PW, T(0));
     }
   }
   void store_values(DType dtype, void* dst, int64_t t0, size_t n, int64_t hv, const T* src,
                     size_t stride) const {
     const Tag<T> d;
+    const size_t begin = p0 * L.PW, end = std::min(L.V, p1 * L.PW);
     for (size_t i = 0; i < n; ++i) {
-      for (size_t p = 0; p < L.panels; ++p) {
+      const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
+      const size_t direct = dtype == kDTypeOf<T> ? (end - begin) / L.PW : 0;
+      for (size_t p = p0; p < p0 + direct; ++p) {
+        T* to = static_cast<T*>(dst) + at + p * L.PW;
+        for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
+          hn::StoreU(hn::Load(d, src + p * stride + i * L.PW + j), d, to + j);
+        }
+      }
+      const size_t rest = begin + direct * L.PW;
+      if (rest == end) continue;
+      for (size_t p = p0 + direct; p < p1; ++p) {
         for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
           hn::Store(hn::Load(d, src + p * stride + i * L.PW + j), d, out_row + p * L.PW + j);
         }
       }
-      store_row(dtype, dst, ((t0 + i) * x.HV + hv) * x.V, L.V, out_row);
+      store_row(dtype, dst, at + rest, end - rest, out_row + rest);
     }
   }
 
@@ -486,18 +525,18 @@ struct Core {
     });
   }
 
-  // States: [K][V] outside, panels inside.
+  // Panels [p0, p1) of states: [K][V] outside, panels inside.
   void load_state(const T* src, T* state) const {
-    std::fill_n(state, L.state_size(), T(0));
+    std::fill(state + p0 * L.Kp * L.PW, state + p1 * L.Kp * L.PW, T(0));
     if (src == nullptr) return;
-    for (size_t p = 0; p < L.panels; ++p) {
+    for (size_t p = p0; p < p1; ++p) {
       for (size_t i = 0; i < L.K; ++i) {
         std::copy_n(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
       }
     }
   }
   void store_state(const T* state, T* dst) const {
-    for (size_t p = 0; p < L.panels; ++p) {
+    for (size_t p = p0; p < p1; ++p) {
       for (size_t i = 0; i < L.K; ++i) {
         std::copy_n(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
       }
@@ -509,26 +548,20 @@ struct Core {
     ahead.add(src, size_of(x.dtype), (t0 * x.H + h) * x.K, x.H * x.K, x.K, n);
   }
   void expect_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv) {
-    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V, x.HV * x.V, x.V, n);
+    const int64_t begin = p0 * L.PW, end = std::min<int64_t>(x.V, p1 * L.PW);
+    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V + begin, x.HV * x.V, end - begin, n);
   }
 
   // next = E_n * state + (w Eh)^T values, one panel; next may be state.
   void advance_state(size_t p, const T* values, const T* state, T* next) {
-    const size_t columns = L.columns(p);
-    const Tag<T> d;
-    const T* end = end_decay();
-    for (size_t i = 0; i < L.Kp; ++i) {
-      const auto f = hn::Set(d, end[L.channel ? i : 0]);
-      for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
-        hn::Store(hn::Mul(f, hn::Load(d, state + i * L.PW + j)), d, next + i * L.PW + j);
-      }
-    }
-    gemm<Into::kAdd, true>(L.Kp, columns, L.W * L.C, wEh, L.Kp, values, L.PW, next, L.PW,
-                           [this]() HWY_ATTR { ahead.some_rows(); });
+    gemm<true>(FromScaledRows<T>{state, L.PW, end_decay(), L.channel ? size_t{1} : 0}, L.Kp,
+               L.columns(p), {kSub, L.W * L.C / kSub, kSub * L.Kp, kSub * L.PW}, wEh, L.Kp, values,
+               L.PW, next, L.PW, [this]() HWY_ATTR { ahead.some_lines(); });
   }
 
   const DeltaRuleParams& x;
   const Layout<T> L;
+  size_t p0 = 0, p1 = L.panels;  // the panels of values that are worked on
   Prefetcher ahead;
   T* bq;          // [2C][Kp] erase keys, then queries
   T *w, *wT;      // [W][C][Kp] write keys (merged with a = k: the erase keys), [Kp][C] one of them

@@ -39,20 +39,64 @@ HWY_INLINE size_t panel_width() {
   return 2 * lanes<T>();
 }
 
-enum class Into { kSet, kAdd };  // C = A B, C += A B
+// What the sums of a product start from. `tile(i, j)` is the same for the tile at row i, column j;
+// `start` fills a tile's sums.
+template <typename T>
+struct FromZero {
+  HWY_INLINE FromZero tile(size_t, size_t) const { return {}; }
+  template <size_t kRows, size_t kVectors>
+  HWY_INLINE void start(hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) const {
+    for (size_t i = 0; i < kRows; ++i) {
+      for (size_t j = 0; j < kVectors; ++j) sum[i][j] = hn::Zero(Tag<T>());
+    }
+  }
+};
+template <typename T>
+struct FromMatrix {
+  const T* c;
+  size_t ld;
+  HWY_INLINE FromMatrix tile(size_t i, size_t j) const { return {c + i * ld + j, ld}; }
+  template <size_t kRows, size_t kVectors>
+  HWY_INLINE void start(hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) const {
+    const Tag<T> d;
+    for (size_t i = 0; i < kRows; ++i) {
+      for (size_t j = 0; j < kVectors; ++j) sum[i][j] = hn::LoadU(d, c + i * ld + j * hn::Lanes(d));
+    }
+  }
+};
+// Rows of a matrix times factors s[0], s[step], ...
+template <typename T>
+struct FromScaledRows {
+  const T* c;
+  size_t ld;
+  const T* s;
+  size_t step;
+  HWY_INLINE FromScaledRows tile(size_t i, size_t j) const {
+    return {c + i * ld + j, ld, s + i * step, step};
+  }
+  template <size_t kRows, size_t kVectors>
+  HWY_INLINE void start(hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) const {
+    const Tag<T> d;
+    for (size_t i = 0; i < kRows; ++i) {
+      const auto f = hn::Set(d, s[i * step]);
+      for (size_t j = 0; j < kVectors; ++j) {
+        sum[i][j] = hn::Mul(f, hn::LoadU(d, c + i * ld + j * hn::Lanes(d)));
+      }
+    }
+  }
+};
 
-template <size_t kRows, size_t kVectors, Into kInto, bool kTransA, typename T>
-HWY_INLINE void gemm_tile(size_t k, const T* HWY_RESTRICT a, size_t lda, const T* HWY_RESTRICT b,
-                          size_t ldb, T* HWY_RESTRICT c, size_t ldc) {
+// The depth of a product: `blocks` times k, between which A and B move on by a_step and b_step.
+struct Depth {
+  size_t k, blocks = 1, a_step = 0, b_step = 0;
+};
+
+template <size_t kRows, size_t kVectors, bool kTransA, typename T>
+HWY_INLINE void multiply_add(size_t k, const T* HWY_RESTRICT a, size_t lda, const T* HWY_RESTRICT b,
+                             size_t ldb, hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) {
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
   using V = hn::Vec<Tag<T>>;
-  V sum[kRows][kVectors];
-  for (size_t i = 0; i < kRows; ++i) {
-    for (size_t j = 0; j < kVectors; ++j) {
-      sum[i][j] = kInto == Into::kAdd ? hn::LoadU(d, c + i * ldc + j * n) : hn::Zero(d);
-    }
-  }
   for (size_t l = 0; l < k; ++l) {
     V row[kVectors];
     for (size_t j = 0; j < kVectors; ++j) row[j] = hn::LoadU(d, b + l * ldb + j * n);
@@ -61,44 +105,98 @@ HWY_INLINE void gemm_tile(size_t k, const T* HWY_RESTRICT a, size_t lda, const T
       for (size_t j = 0; j < kVectors; ++j) sum[i][j] = hn::MulAdd(x, row[j], sum[i][j]);
     }
   }
-  for (size_t i = 0; i < kRows; ++i) {
-    for (size_t j = 0; j < kVectors; ++j) hn::StoreU(sum[i][j], d, c + i * ldc + j * n);
-  }
 }
+
+// Z B for lower triangular Z (kTrans: Z^T B), of which only the columns that are not zero are read.
+// `row`: where the tile begins.
+template <typename T, bool kTrans>
+struct FromTriangle {
+  const T* z;
+  size_t ldz;
+  const T* b;
+  size_t ldb;
+  size_t rows;
+  size_t row = 0;
+  HWY_INLINE FromTriangle tile(size_t i, size_t j) const {
+    return {z, ldz, b + j, ldb, rows, row + i};
+  }
+  template <size_t kRows, size_t kVectors>
+  HWY_INLINE void start(hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) const {
+    FromZero<T>().start(sum);
+    if (kTrans) {
+      multiply_add<kRows, kVectors, true>(rows - row, z + row * ldz + row, ldz, b + row * ldb, ldb,
+                                          sum);
+    } else {
+      multiply_add<kRows, kVectors, false>(row + kRows, z + row * ldz, ldz, b, ldb, sum);
+    }
+  }
+};
 
 struct NoWork {
   HWY_INLINE void operator()() const {}
 };
 
-// C[m,n] = or += op(A) B, where op(A) is A[m,k] or the transpose of A[k,m]. `between` is called
-// after each register tile: the place for a few prefetches.
-template <Into kInto, bool kTransA, typename T, typename Between = NoWork>
-HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const T* b, size_t ldb,
-                     T* c, size_t ldc, Between between = Between()) {
+template <size_t kRows, size_t kVectors, bool kTransA, typename T, class From,
+          typename Between = NoWork>
+HWY_INLINE void gemm_tile(From from, Depth depth, const T* HWY_RESTRICT a, size_t lda,
+                          const T* HWY_RESTRICT b, size_t ldb, T* c, size_t ldc,
+                          Between between = Between()) {
+  const Tag<T> d;
+  hn::Vec<Tag<T>> sum[kRows][kVectors];
+  from.start(sum);
+  for (size_t block = 0; block < depth.blocks; ++block) {
+    multiply_add<kRows, kVectors, kTransA>(depth.k, a + block * depth.a_step, lda,
+                                           b + block * depth.b_step, ldb, sum);
+    between();
+  }
+  for (size_t i = 0; i < kRows; ++i) {
+    for (size_t j = 0; j < kVectors; ++j) {
+      hn::StoreU(sum[i][j], d, c + i * ldc + j * hn::Lanes(d));
+    }
+  }
+}
+
+// C[m,n] = from + op(A) B, where op(A) is A[m,k] or the transpose of A[k,m]. `between` is called
+// after each block of the depth of each tile: the place for a few prefetches.
+template <bool kTransA, typename T, class From, typename Between = NoWork>
+HWY_INLINE void gemm(From from, size_t m, size_t n, Depth depth, const T* a, size_t lda, const T* b,
+                     size_t ldb, T* c, size_t ldc, Between between = Between()) {
   const size_t step = lanes<T>();
   const size_t a_row = kTransA ? 1 : lda;
   size_t j = 0;
   for (; j + 2 * step <= n; j += 2 * step) {
     size_t i = 0;
     for (; i + kTileRows <= m; i += kTileRows) {
-      gemm_tile<kTileRows, 2, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j,
-                                              ldc);
-      between();
+      gemm_tile<kTileRows, 2, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
+                                       c + i * ldc + j, ldc, between);
     }
     for (; i < m; ++i) {
-      gemm_tile<1, 2, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j, ldc);
+      gemm_tile<1, 2, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
+                               c + i * ldc + j, ldc);
     }
   }
   if (j < n) {
     size_t i = 0;
     for (; i + kTileRows <= m; i += kTileRows) {
-      gemm_tile<kTileRows, 1, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j,
-                                              ldc);
-      between();
+      gemm_tile<kTileRows, 1, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
+                                       c + i * ldc + j, ldc, between);
     }
     for (; i < m; ++i) {
-      gemm_tile<1, 1, kInto, kTransA>(k, a + i * a_row, lda, b + j, ldb, c + i * ldc + j, ldc);
+      gemm_tile<1, 1, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
+                               c + i * ldc + j, ldc);
     }
+  }
+}
+
+enum class Into { kSet, kAdd };  // C = op(A) B, C += op(A) B
+
+template <Into kInto, bool kTransA, typename T, typename Between = NoWork>
+HWY_INLINE void gemm(size_t m, size_t n, size_t k, const T* a, size_t lda, const T* b, size_t ldb,
+                     T* c, size_t ldc, Between between = Between()) {
+  if constexpr (kInto == Into::kSet) {
+    gemm<kTransA>(FromZero<T>(), m, n, {k}, a, lda, b, ldb, c, ldc, between);
+  } else {
+    gemm<kTransA>(FromMatrix<T>{c, ldc}, m, n, {k}, a, lda, b, ldb, c, ldc, between);
   }
 }
 
@@ -151,11 +249,12 @@ HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, Factors factors, T
     const size_t i = kUpper ? m - kTileRows - step : step;
     if (kUpper) {
       const size_t done = i + kTileRows;
-      gemm_tile<kTileRows, kVectors, Into::kAdd, true>(m - done, z + done * ldz + i, ldz,
-                                                       x + done * ldx, ldx, x + i * ldx, ldx);
+      gemm_tile<kTileRows, kVectors, true>(FromMatrix<T>{x + i * ldx, ldx}, {m - done},
+                                           z + done * ldz + i, ldz, x + done * ldx, ldx,
+                                           x + i * ldx, ldx);
     } else {
-      gemm_tile<kTileRows, kVectors, Into::kAdd, false>(i, z + i * ldz, ldz, x, ldx, x + i * ldx,
-                                                        ldx);
+      gemm_tile<kTileRows, kVectors, false>(FromMatrix<T>{x + i * ldx, ldx}, {i}, z + i * ldz, ldz,
+                                            x, ldx, x + i * ldx, ldx);
     }
     solve_tile<kVectors, kUpper>(i, z + i * ldz + i, ldz, factors, x + i * ldx, ldx,
                                  raw != nullptr ? raw + i * ldx : nullptr);
