@@ -4,96 +4,25 @@
 // peak.
 //
 //   OMP_NUM_THREADS=1 build/bench/bench_delta_rule --benchmark_filter=...
+//   OMP_NUM_THREADS=2 build/bench/bench_delta_rule --table[=GROUP] [--json=FILE]     rows with
+//   goals
 #include <benchmark/benchmark.h>
 
-#include <cmath>
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "bench/delta_rule_problem.h"
+#include "bench/delta_rule_table.h"
 #include "bench/fma_peak.h"
 #include "gdn/base/parallel.h"
-#include "gdn/base/rng.h"
-#include "gdn/kernels/delta_rule/delta_rule.h"
+#include "gdn/kernels/simd/targets.h"
 
 namespace gdn {
 namespace {
 
-struct Shape {
-  int64_t B, T, H, HV, K, V;
-  DeltaGate gate = DeltaGate::kScalar;
-  DeltaErase erase = DeltaErase::kKey;
-  int chunk_size = 0;
-};
-
-// Sizes, random inputs and outputs in fp32.
-struct Problem {
-  explicit Problem(const Shape& s) {
-    Rng rng(1);
-    const auto normal = [&](int64_t n, double scale) {
-      std::vector<float> v(n);
-      for (float& e : v) e = static_cast<float>(scale * rng.normal());
-      return v;
-    };
-    const int64_t tokens = s.B * s.T, keys = tokens * s.H * s.K;
-    const double unit = 1.0 / std::sqrt(static_cast<double>(s.K));
-    q = normal(keys, unit);
-    k = normal(keys, unit);
-    a = normal(keys, unit);
-    p = normal(keys, unit);
-    v = normal(tokens * s.HV * s.V, 1.0);
-    d_o = v;
-    g = normal(tokens * s.HV * (s.gate == DeltaGate::kChannel ? s.K : 1), 0.1);
-    for (float& e : g) e = -std::abs(e);
-    beta.assign(tokens * s.HV, 0.5f);
-    x.num_sequences = s.B;
-    x.total_tokens = tokens;
-    x.H = s.H;
-    x.HV = s.HV;
-    x.K = s.K;
-    x.V = s.V;
-    x.gate = s.gate;
-    x.erase = s.erase;
-    x.scale = unit;
-    x.chunk_size = s.chunk_size;
-    x.q = q.data();
-    x.k = k.data();
-    x.v = v.data();
-    x.a = a.data();
-    x.p = p.data();
-    x.g = g.data();
-    if (s.erase != DeltaErase::kSeparate) x.beta = beta.data();
-    o.resize(v.size());
-    saved.resize(delta_rule_saved_size(x));
-    dq.resize(keys);
-    dk.resize(keys);
-    da.resize(keys);
-    dp.resize(keys);
-    dv.resize(v.size());
-    dg.resize(g.size());
-    dbeta.resize(beta.size());
-    grads.d_o = d_o.data();
-    grads.dq = dq.data();
-    grads.dk = dk.data();
-    grads.dv = dv.data();
-    grads.da = da.data();
-    grads.dp = dp.data();
-    grads.dg = dg.data();
-    grads.dbeta = dbeta.data();
-    // Rows that read (erase, query) and keys that write per token; a triangle of C x C counts as
-    // half.
-    const double C = s.chunk_size != 0 ? s.chunk_size : s.K <= 64 && s.V <= 64 ? 16 : 32;
-    const double heads = static_cast<double>(tokens * s.HV);
-    const double R = s.erase == DeltaErase::kNone ? 1 : 2,
-                 W = s.erase == DeltaErase::kSeparate ? 2 : 1;
-    const double state = 2.0 * s.K * s.V, key = C * s.K, value = C * s.V;
-    forward_flops = heads * ((R + W) * state + R * W * (key + value));
-    backward_flops = heads * (2 * (R + W) * state + R * W * (3 * key + 2 * value));
-  }
-  std::vector<float> q, k, v, a, p, g, beta, o, saved, d_o, dq, dk, dv, da, dp, dg, dbeta;
-  DeltaRuleParams x;
-  DeltaRuleGrads grads;
-  double forward_flops, backward_flops;
-};
+using bench::Problem;
+using bench::Shape;
 
 void report(benchmark::State& state, double flops) {
   state.counters["GFLOP/s"] =
@@ -190,8 +119,21 @@ void add_all() {
 }  // namespace gdn
 
 int main(int argc, char** argv) {
+  bool table = false;
+  std::string group, json;
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--table" || arg.starts_with("--table=")) {
+      table = true;
+      group = arg.substr(std::min(arg.size(), sizeof("--table=") - 1));
+    } else if (arg.starts_with("--json=")) {
+      json = arg.substr(sizeof("--json=") - 1);
+    }
+  }
+  if (table) return gdn::bench::print_delta_rule_table(group, json);
   gdn::add_all();
   benchmark::Initialize(&argc, argv);
   benchmark::AddCustomContext("threads", std::to_string(gdn::num_threads()));
+  benchmark::AddCustomContext("simd", gdn::simd_target());
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -80,12 +80,11 @@ def training(fn, tokens, heads, head_dim):
 
 def decode_ours(heads, head_dim):
     q, k, v, g, beta = (x.detach() for x in make_inputs(1, heads, head_dim, grad=False))
+    token = [x[:, 0].contiguous() for x in (q, k, v, g, beta)]
     state = torch.zeros(1, heads, head_dim, head_dim)
 
     def run():
-        return torch.ops.gdn.gated_delta_rule_step_(
-            q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], state, use_qk_l2norm_in_kernel=True
-        )
+        return torch.ops.gdn.gated_delta_rule_step_(*token, state, use_qk_l2norm_in_kernel=True)
 
     return run
 

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bench/delta_rule_table.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <ctime>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "bench/bandwidth.h"
+#include "bench/delta_rule_problem.h"
+#include "bench/fma_peak.h"
+#include "gdn/base/parallel.h"
+#include "gdn/kernels/simd/targets.h"
+
+namespace gdn::bench {
+namespace {
+
+using Function = std::function<void()>;
+
+// Processor time where one thread runs, so that other programs count less, else time on the clock.
+double now() {
+  timespec t;
+  clock_gettime(num_threads() == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+double seconds_of(const Function& f) {
+  const double start = now();
+  f();
+  return now() - start;
+}
+
+// Median seconds of each, called in turn so that the machine's moods meet all of them.
+std::vector<double> medians(const std::vector<Function>& functions, double budget = 0.4) {
+  std::vector<std::vector<double>> samples(functions.size());
+  double spent = 0.0;
+  for (const Function& f : functions) spent = std::max(spent, seconds_of(f));  // warm up
+  spent = 0.0;
+  while (spent < budget || samples[0].size() < 3) {
+    for (size_t i = 0; i < functions.size(); ++i) {
+      samples[i].push_back(seconds_of(functions[i]));
+      spent += samples[i].back();
+    }
+  }
+  std::vector<double> result;
+  for (auto& s : samples) {
+    std::nth_element(s.begin(), s.begin() + s.size() / 2, s.end());
+    result.push_back(s[s.size() / 2]);
+  }
+  return result;
+}
+
+class Table {
+ public:
+  explicit Table(std::string filter) : filter_(std::move(filter)) {}
+  bool wants(const std::string& group) const {
+    return filter_.empty() || group.find(filter_) != std::string::npos;
+  }
+  // `at_least`: the goal is a lower bound.
+  void row(const std::string& name, bool at_least, double goal, double figure, const char* unit,
+           const std::string& note = "") {
+    const bool met = at_least ? figure >= goal : figure <= goal;
+    std::printf("| %s | %d | %s %.2f | %.3f %s | %s | %s |\n", name.c_str(), num_threads(),
+                at_least ? ">=" : "<=", goal, figure, unit, met ? "yes" : "no", note.c_str());
+    std::fflush(stdout);
+    char line[512];
+    std::snprintf(
+        line, sizeof(line),
+        " {\"name\": \"%s\", \"goal\": %.3f, \"goal_is\": \"%s\", \"figure\": %.4f, "
+        "\"unit\": \"%s\", \"met\": %s, \"threads\": %d, \"simd\": \"%s\", \"note\": \"%s\"}",
+        name.c_str(), goal, at_least ? "at least" : "at most", figure, unit, met ? "true" : "false",
+        num_threads(), simd_target(), note.c_str());
+    json_ += (json_.empty() ? "" : ",\n") + std::string(line);
+  }
+  std::string json() const { return "[\n" + json_ + "\n]\n"; }
+
+ private:
+  std::string filter_, json_;
+};
+
+Function forward_of(Problem& p) {
+  return [&p] { delta_rule_chunk_forward(p.x, {p.o.data(), nullptr, nullptr}); };
+}
+Function training_of(Problem& p) {
+  return [&p] {
+    delta_rule_chunk_forward(p.x, {p.o.data(), nullptr, p.saved.data()});
+    delta_rule_chunk_backward(p.x, p.saved.data(), p.grads);
+  };
+}
+
+std::string text(const char* format, double x) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof(buffer), format, x);
+  return buffer;
+}
+
+void speed_rows(Table& table) {
+  if (!table.wants("speed")) return;
+  const double peak = measure_fma_peak(num_threads());
+  for (const int64_t T : {512, 4096}) {
+    for (const int64_t H : {16, 32}) {
+      Problem p({1, T, H, H, 128, 128});
+      const auto t = medians({forward_of(p), training_of(p)}, 0.6);
+      const std::string shape = " T=" + std::to_string(T) + " H=" + std::to_string(H);
+      table.row("forward" + shape, true, 0.70, p.forward_flops * 1e-9 / t[0] / peak, "of FMA peak",
+                text("%.2f ms", t[0] * 1e3));
+      table.row("forward + backward" + shape, false, 4.0, t[1] / t[0], "forwards",
+                text("%.2f ms", t[1] * 1e3) +
+                    text(", %.2f of FMA peak",
+                         (p.forward_flops + p.backward_flops) * 1e-9 / t[1] / peak));
+    }
+  }
+}
+
+void decode_rows(Table& table) {
+  if (!table.wants("decode")) return;
+  for (const int64_t heads : {16, 32, 64, 128, 256, 512}) {
+    const int64_t B = heads / 16;
+    Problem p({B, 1, 16, 16, 128, 128});
+    std::vector<float> pool(heads * 128 * 128, 0.01f);
+    std::vector<uint16_t> half(pool.size(), 0x3c00);
+    const auto t =
+        medians({[&] {
+                   delta_rule_step(p.x, {pool.data(), B}, p.o.data());
+                 },
+                 [&] {
+                   delta_rule_step(p.x, {half.data(), B, nullptr, /*bf16=*/true}, p.o.data());
+                 },
+                 [&] { update_in_place(pool.data(), pool.size(), 16384); },
+                 [&] { read_then_update(pool.data(), pool.size(), 16384); }},
+                0.3);
+    const std::string name = "decode step, B x H = " + std::to_string(heads);
+    table.row(name, true, 0.85, t[2] / t[0], "of rmw bandwidth",
+              text("%.1f us, ", t[0] * 1e6) +
+                  text("%.2f of a pass that reads and one that updates each state", t[3] / t[0]));
+    if (heads == 512) table.row(name + ", bf16 state", true, 1.7, t[0] / t[1], "x fp32 state");
+  }
+}
+
+void family_rows(Table& table) {
+  if (!table.wants("family")) return;
+  Problem gdn({1, 512, 16, 16, 128, 128});
+  Problem kda({1, 512, 16, 16, 128, 128, DeltaGate::kChannel});
+  const auto t =
+      medians({forward_of(gdn), forward_of(kda), training_of(gdn), training_of(kda)}, 1.0);
+  table.row("KDA forward", false, 1.5, t[1] / t[0], "x GDN");
+  table.row("KDA forward + backward", false, 1.7, t[3] / t[2], "x GDN");
+}
+
+void size_rows(Table& table) {
+  if (!table.wants("sizes")) return;
+  Problem base({1, 512, 16, 16, 128, 128});
+  const auto compare = [&](const std::string& name, Shape shape, double goal) {
+    Problem p(shape);
+    const auto t = medians({forward_of(base), forward_of(p), training_of(base), training_of(p)});
+    table.row("forward, " + name, false, goal, t[1] / p.forward_flops / (t[0] / base.forward_flops),
+              "x time per flop of 128");
+    const double ours = t[3] / (p.forward_flops + p.backward_flops);
+    table.row("forward + backward, " + name, false, goal,
+              ours / (t[2] / (base.forward_flops + base.backward_flops)), "x time per flop of 128");
+  };
+  for (const int64_t size : {64, 96, 100, 192, 200, 256}) {
+    compare("K=V=" + std::to_string(size), {1, 512, 16, 16, size, size},
+            size % 16 == 0 ? 1.25 : 1.5);
+  }
+  for (const int64_t group : {2, 4}) {
+    compare("HV=" + std::to_string(group) + "H", {1, 512, 8, 8 * group, 128, 128}, 1.25);
+  }
+}
+
+void length_rows(Table& table) {
+  if (!table.wants("lengths")) return;
+  double base = 0.0, base_training = 0.0;
+  for (const int64_t T : {512, 2048, 8192, 32768, 65536}) {
+    Problem p({1, T, 16, 16, 128, 128}, /*training=*/T <= 16384);
+    const auto t = medians({forward_of(p)});
+    const double per_token = t[0] / static_cast<double>(T);
+    if (base == 0.0) base = per_token;
+    table.row("forward T=" + std::to_string(T), false, 1.10, per_token / base,
+              "x time per token of T=512");
+    if (T > 16384) continue;
+    const double training = medians({training_of(p)})[0] / static_cast<double>(T);
+    if (base_training == 0.0) base_training = training;
+    table.row("forward + backward T=" + std::to_string(T), false, 1.10, training / base_training,
+              "x time per token of T=512");
+    const double inputs =
+        static_cast<double>(p.q.size() + p.k.size() + p.v.size() + p.g.size() + p.beta.size());
+    table.row("workspace T=" + std::to_string(T), false, 1.5,
+              static_cast<double>(p.saved.size()) / inputs, "x the inputs");
+  }
+}
+
+void packed_rows(Table& table) {
+  if (!table.wants("packed")) return;
+  Problem equal({8, 512, 16, 16, 128, 128}), mixed({8, 512, 16, 16, 128, 128});
+  mixed.cut({0, 1500, 1600, 1637, 2400, 2464, 3900, 4031, 4096});
+  const auto t =
+      medians({forward_of(equal), forward_of(mixed), training_of(equal), training_of(mixed)}, 1.5);
+  table.row("packed sequences of 37 to 1500 tokens, forward", false, 1.15, t[1] / t[0],
+            "x equal lengths");
+  table.row("packed sequences of 37 to 1500 tokens, forward + backward", false, 1.15, t[3] / t[2],
+            "x equal lengths");
+}
+
+void few_heads_rows(Table& table, int threads) {
+  if (!table.wants("few") || threads < 2) return;
+  for (const int64_t H : {1, 2, 3}) {
+    Problem p({1, 4096, H, H, 128, 128});
+    const auto on = [threads](int n, const Function& f) {  // the clock is that of `threads`
+      return [=] {
+        set_num_threads(n);
+        f();
+        set_num_threads(threads);
+      };
+    };
+    const auto t = medians(
+        {on(1, forward_of(p)), on(2, forward_of(p)), on(1, training_of(p)), on(2, training_of(p))},
+        1.0);
+    const std::string name = ", T=4096, B x HV = " + std::to_string(H);
+    table.row("forward" + name, true, 1.7, t[0] / t[1], "x one thread");
+    table.row("forward + backward" + name, true, 1.7, t[2] / t[3], "x one thread");
+  }
+}
+
+void avx2_rows(Table& table) {
+  if (!table.wants("avx2") || !limit_simd_targets("avx2")) return;
+  const double peak = measure_fma_peak(num_threads());
+  Problem p({1, 512, 16, 16, 128, 128});
+  const auto t = medians({forward_of(p)});
+  table.row("forward on AVX2", true, 0.70, p.forward_flops * 1e-9 / t[0] / peak,
+            "of AVX2's FMA peak");
+}
+
+}  // namespace
+
+int print_delta_rule_table(const std::string& filter, const std::string& json_file) {
+  Table table(filter);
+  const int threads = num_threads();
+  std::printf("| what | threads | goal | figure | met | note |\n|---|---|---|---|---|---|\n");
+  speed_rows(table);
+  decode_rows(table);
+  family_rows(table);
+  size_rows(table);
+  length_rows(table);
+  packed_rows(table);
+  few_heads_rows(table, threads);
+  avx2_rows(table);  // last: the limit stays
+  if (json_file.empty()) return 0;
+  std::FILE* file = std::fopen(json_file.c_str(), "w");
+  if (file == nullptr) {
+    std::fprintf(stderr, "bench_delta_rule: cannot write %s\n", json_file.c_str());
+    return 1;
+  }
+  std::fputs(table.json().c_str(), file);
+  std::fclose(file);
+  return 0;
+}
+
+}  // namespace gdn::bench

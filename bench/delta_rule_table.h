@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine's rows of the table of goals (docs/performance.md), measured and printed.
+#pragma once
+
+#include <string>
+
+namespace gdn::bench {
+
+// Prints a Markdown table, and writes its rows to `json_file` unless that is empty: name, goal,
+// goal_is, figure, unit, met, threads, simd, note. `filter`: only groups whose name contains it
+// (speed, decode, family, sizes, lengths, packed, few, avx2). Returns the exit status.
+int print_delta_rule_table(const std::string& filter, const std::string& json_file);
+
+}  // namespace gdn::bench
