@@ -12,6 +12,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/base/file.h"
+#include "gdn/mixers/mixer.h"
 #include "tests/model/support.h"
 
 namespace gdn {
@@ -73,6 +74,25 @@ TEST(Checkpoint, RoundTripIsExact) {
     const auto generation =
         nlohmann::json::parse(read_text_file(folder / "a/b/generation_config.json"));
     EXPECT_EQ(generation["eos_token_id"], 5);
+  }
+}
+
+TEST(Checkpoint, EveryMixerAndFeedForwardIsReadBackExactly) {
+  std::vector<BlockConfig> kinds;
+  for (const MixerInfo& info : mixers()) kinds.emplace_back().mixer = info.name;
+  for (const char* name : {"moe", "rwkv_channel_mix"}) {
+    kinds.emplace_back().mixer = "";
+    kinds.back().feed_forward = name;
+  }
+  for (const BlockConfig& kind : kinds) {
+    SCOPED_TRACE(kind.mixer + " " + kind.feed_forward);
+    const TempFolder folder;
+    CausalLM model(tiny_config({kind, kind}));
+    save_model(folder.path(), model, nullptr);
+    LoadedModel loaded = load_model(folder.path());
+    EXPECT_EQ(loaded.model->config(), model.config());
+    const auto ids = random_ids(2, 9);
+    EXPECT_TRUE(at::equal(logits(model, ids), logits(*loaded.model, ids)));
   }
 }
 

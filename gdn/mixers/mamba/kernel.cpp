@@ -1,26 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lanes are channels. A task owns a tile of channels of some sequences and walks along the tokens,
 // a chunk at a time, so that the states of a vector of channels stay in registers or L1.
+#include "gdn/kernels/simd/targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/mixers/mamba/kernel.cpp"
 // clang-format off
 #include "hwy/foreach_target.h"  // must precede highway.h
 // clang-format on
-#include "gdn/mixers/mamba/kernel.h"
-
 #include <algorithm>
 #include <vector>
 
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
-#include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/scan-inl.h"
+#include "gdn/mixers/mamba/kernel.h"
 
 #ifndef GDN_MAMBA_KERNEL_ONCE  // what does not depend on the SIMD target
 #define GDN_MAMBA_KERNEL_ONCE
 namespace gdn::selective_scan {
-
-inline constexpr int64_t kTile = 64;  // channels: a few cache lines of each token
 
 struct Span {
   int64_t begin, end;
@@ -40,6 +39,17 @@ inline int64_t first_chunk(const SelectiveScanParams& p, int64_t n) {
   return sequence(p, n).begin / kScanChunk + n;
 }
 
+}  // namespace gdn::selective_scan
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace gdn {
+namespace HWY_NAMESPACE {
+
+using selective_scan::Span;
+
+inline constexpr int64_t kTile = kScanTile;
+
 // [C, S] rows of a tile to [S, kTile], so that channels lie side by side; zeros for null.
 template <typename A>
 void load_tile(const A* from, int64_t S, int64_t width, A* tile) {
@@ -52,43 +62,41 @@ void store_tile(const A* tile, int64_t S, int64_t width, A* to) {
     for (int64_t s = 0; s < S; ++s) to[c * S + s] = tile[s * kTile + c];
 }
 
-}  // namespace gdn::selective_scan
-#endif
-
-HWY_BEFORE_NAMESPACE();
-namespace gdn {
-namespace HWY_NAMESPACE {
-
-using selective_scan::kTile;
-using selective_scan::Span;
-
-// The task's view of its operands. A is [S, kTile] of the tile; B and C are [T_total, S].
+// The tile of a task: its channels, A as [S, kTile], and of one chunk of tokens the inputs as
+// [kScanChunk, kTile]: x, dt + dt_bias before (raw) and after softplus (dt).
 template <typename T>
 struct Scan {
   using A = Acc<T>;
   const SelectiveScanParams& p;
-  int64_t first, width;  // the tile's channels
-  const A* rate;
-  const A* B;
-  const A* C;
+  int64_t first, width;
+  std::vector<A> rate, x, raw, dt, out;
 
-  int64_t at(int64_t t, int64_t i) const { return t * p.channels + first + i; }
-  template <class D>
-  HWY_INLINE hn::Vec<D> x(D d, int64_t t, int64_t i) const {
-    return load_as(d, static_cast<const T*>(p.x) + at(t, i));
+  explicit Scan(const SelectiveScanParams& p, int64_t rows = kScanChunk)
+      : p(p), rate(p.states * kTile), x(rows * kTile), raw(x.size()), dt(x.size()), out(x.size()) {}
+
+  int64_t at(int64_t t) const { return t * p.channels + first; }
+
+  void start_tile(int64_t tile) {
+    first = tile * kTile;
+    width = std::min(kTile, p.channels - first);
+    load_tile(static_cast<const A*>(p.A) + first * p.states, p.states, width, rate.data());
   }
-  // dt + dt_bias, before softplus.
-  template <class D>
-  HWY_INLINE hn::Vec<D> raw(D d, int64_t t, int64_t i) const {
-    const auto v = load_as(d, static_cast<const T*>(p.dt) + at(t, i));
-    if (p.dt_bias == nullptr) return v;
-    return hn::Add(v, hn::LoadU(d, static_cast<const A*>(p.dt_bias) + first + i));
+
+  void load_chunk(Span span) {
+    const int64_t rows = span.end - span.begin;
+    load_block(static_cast<const T*>(p.x) + at(span.begin), p.channels, rows, width, x.data());
+    load_block(static_cast<const T*>(p.dt) + at(span.begin), p.channels, rows, width, raw.data());
+    const A* bias = static_cast<const A*>(p.dt_bias);
+    for (int64_t r = 0; r < rows; ++r) {
+      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+        auto v = hn::LoadU(d, raw.data() + r * kTile + i);
+        if (bias != nullptr) v = hn::Add(v, hn::LoadU(d, bias + first + i));
+        hn::StoreU(v, d, raw.data() + r * kTile + i);
+        hn::StoreU(p.softplus ? softplus(d, v) : v, d, dt.data() + r * kTile + i);
+      });
+    }
   }
-  template <class D>
-  HWY_INLINE hn::Vec<D> step_size(D d, int64_t t, int64_t i) const {
-    const auto v = raw(d, t, i);
-    return p.softplus ? softplus(d, v) : v;
-  }
+
   template <class D>
   HWY_INLINE hn::Vec<D> skip(D d, int64_t i) const {
     if (p.D == nullptr) return hn::Zero(d);
@@ -97,7 +105,7 @@ struct Scan {
   // exp(dt A), of which the transition is itself or 2 exp - 1.
   template <class D, class V>
   HWY_INLINE V decay(D d, V dt, int64_t s, int64_t i) const {
-    return exp_of(d, hn::Mul(dt, hn::LoadU(d, rate + s * kTile + i)));
+    return exp_nonpositive(d, hn::Mul(dt, hn::LoadU(d, rate.data() + s * kTile + i)));
   }
 };
 
@@ -107,14 +115,15 @@ HWY_INLINE V transition(D d, V e) {
   return e;
 }
 
-// Tokens [span) of the channels at i, from and to the states h [S, kTile].
+// `rows` tokens of the channels at i, from and to the states h [S, kTile]; B and C [rows, S].
 template <bool kSigned, typename T, class D>
-HWY_INLINE void scan_vector(const Scan<T>& in, D d, int64_t i, Span span, Acc<T>* h, T* y) {
+HWY_INLINE void scan_vector(Scan<T>& in, D d, int64_t i, int64_t rows, const Acc<T>* B,
+                            const Acc<T>* C, Acc<T>* HWY_RESTRICT h) {
   const int64_t S = in.p.states;
   const auto skip = in.skip(d, i);
-  for (int64_t t = span.begin; t < span.end; ++t) {
-    const auto x = in.x(d, t, i), dt = in.step_size(d, t, i), dtx = hn::Mul(dt, x);
-    const Acc<T>*B = in.B + t * S, *C = in.C + t * S;
+  for (int64_t r = 0; r < rows; ++r, B += S, C += S) {
+    const auto x = hn::LoadU(d, in.x.data() + r * kTile + i);
+    const auto dt = hn::LoadU(d, in.dt.data() + r * kTile + i), dtx = hn::Mul(dt, x);
     auto even = hn::Mul(skip, x), odd = hn::Zero(d);
     int64_t s = 0;
     const auto one = [&](int64_t state, hn::Vec<D> sum) HWY_ATTR {
@@ -129,7 +138,7 @@ HWY_INLINE void scan_vector(const Scan<T>& in, D d, int64_t i, Span span, Acc<T>
       odd = one(s + 1, odd);
     }
     if (s < S) even = one(s, even);
-    store_as(d, hn::Add(even, odd), y + in.at(t, i));
+    hn::StoreU(hn::Add(even, odd), d, in.out.data() + r * kTile + i);
   }
 }
 
@@ -161,30 +170,31 @@ void forward(const SelectiveScanParams& p, T* y, Acc<T>* final_state, Acc<T>* sa
   const int64_t S = p.states, tiles = (p.channels + kTile - 1) / kTile;
   const Widened<T> B(p.B, p.total_tokens * S), C(p.C, p.total_tokens * S);
   parallel_for(0, p.num_sequences * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-    std::vector<A> rate(S * kTile), h(S * kTile);
+    std::vector<A> h(S * kTile);
+    Scan<T> in(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / tiles, first = task % tiles * kTile;
-      const Scan<T> in{p, first, std::min(kTile, p.channels - first), rate.data(), B.data, C.data};
-      selective_scan::load_tile(static_cast<const A*>(p.A) + first * S, S, in.width, rate.data());
+      const int64_t n = task / tiles;
+      in.start_tile(task % tiles);
+      const int64_t state = (n * p.channels + in.first) * S;
       const A* initial = static_cast<const A*>(p.initial);
-      if (initial != nullptr) initial += (n * p.channels + first) * S;
-      selective_scan::load_tile(initial, S, in.width, h.data());
+      load_tile(initial == nullptr ? initial : initial + state, S, in.width, h.data());
       const Span seq = selective_scan::sequence(p, n);
       A* keep = saved == nullptr
                     ? nullptr
-                    : saved + selective_scan::first_chunk(p, n) * S * p.channels + first;
+                    : saved + selective_scan::first_chunk(p, n) * S * p.channels + in.first;
       for (int64_t t = seq.begin; t < seq.end; t += kScanChunk) {
         for (int64_t s = 0; keep != nullptr && s < S; ++s)
           std::copy_n(h.data() + s * kTile, in.width, keep + s * p.channels);
         if (keep != nullptr) keep += S * p.channels;
         const Span span{t, std::min(seq.end, t + kScanChunk)};
+        const int64_t rows = span.end - span.begin;
+        in.load_chunk(span);
         for_lanes<A>(in.width, [&](auto d, int64_t i) HWY_ATTR {
-          scan_vector<kSigned, T>(in, d, i, span, h.data(), y);
+          scan_vector<kSigned, T>(in, d, i, rows, B.data + t * S, C.data + t * S, h.data());
         });
+        store_block(in.out.data(), p.channels, rows, in.width, y + in.at(t));
       }
-      if (final_state != nullptr)
-        selective_scan::store_tile(h.data(), S, in.width,
-                                   final_state + (n * p.channels + first) * S);
+      if (final_state != nullptr) store_tile(h.data(), S, in.width, final_state + state);
     }
   });
 }
@@ -196,13 +206,16 @@ template <typename A>
 struct ChunkScratch {
   std::vector<A> h, e;  // states after each token (and before), exp(dt A)
   std::vector<A> dB, dC, dB_one, dC_one;
+  std::vector<A> dy, ddt;  // [kScanChunk, kTile]
   explicit ChunkScratch(int64_t S, int64_t lanes)
       : h((kScanChunk + 1) * S * lanes),
         e(kScanChunk * S * lanes),
         dB(kScanChunk * S * lanes),
         dC(dB.size()),
         dB_one(kScanChunk * S),
-        dC_one(kScanChunk * S) {}
+        dC_one(kScanChunk * S),
+        dy(kScanChunk * kTile),
+        ddt(dy.size()) {}
   void clear() {
     for (auto* v : {&dB, &dC, &dB_one, &dC_one}) std::fill(v->begin(), v->end(), A{0});
   }
@@ -215,66 +228,65 @@ struct Sums {
   explicit Sums(int64_t S) : dA(S * kTile), dD(kTile), ddt_bias(kTile) {}
 };
 
-// Tokens [span) of the channels at i in reverse; `start` holds the states before them and dh the
-// gradient of the states after them, which becomes that of the states before.
+// `rows` tokens of the channels at i in reverse; `start` holds the states before them and dh the
+// gradient of the states after them, which becomes that of the states before. dx goes to in.out.
 template <bool kSigned, typename T, class D>
-HWY_INLINE void unscan_vector(const Scan<T>& in, D d, int64_t i, Span span, const Acc<T>* start,
-                              int64_t start_stride, const SelectiveScanGrads& g,
-                              ChunkScratch<Acc<T>>& scratch, Acc<T>* dh, Sums<Acc<T>>& sums) {
+HWY_INLINE void unscan_vector(Scan<T>& in, D d, int64_t i, int64_t rows, const Acc<T>* B,
+                              const Acc<T>* C, const Acc<T>* start, int64_t start_stride,
+                              ChunkScratch<Acc<T>>& scratch, Acc<T>* HWY_RESTRICT dh,
+                              Sums<Acc<T>>& sums) {
   using A = Acc<T>;
   const int64_t S = in.p.states, lanes = hn::Lanes(d), row = S * lanes;
   const bool whole = lanes > 1;
-  A* h = scratch.h.data();
-  A* e = scratch.e.data();
+  A* HWY_RESTRICT h = scratch.h.data();
+  A* HWY_RESTRICT e = scratch.e.data();
   for (int64_t s = 0; s < S; ++s)
     hn::StoreU(hn::LoadU(d, start + s * start_stride + i), d, h + s * lanes);
-  for (int64_t t = span.begin; t < span.end; ++t) {
-    const A* before = h + (t - span.begin) * row;
-    A* now = h + (t - span.begin + 1) * row;
-    const auto dt = in.step_size(d, t, i), dtx = hn::Mul(dt, in.x(d, t, i));
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto dt = hn::LoadU(d, in.dt.data() + r * kTile + i);
+    const auto dtx = hn::Mul(dt, hn::LoadU(d, in.x.data() + r * kTile + i));
     for (int64_t s = 0; s < S; ++s) {
+      const int64_t at = r * row + s * lanes;
       const auto decay = in.decay(d, dt, s, i);
-      hn::StoreU(decay, d, e + (t - span.begin) * row + s * lanes);
-      hn::StoreU(hn::MulAdd(transition<kSigned>(d, decay), hn::LoadU(d, before + s * lanes),
-                            hn::Mul(dtx, hn::Set(d, in.B[t * S + s]))),
-                 d, now + s * lanes);
+      hn::StoreU(decay, d, e + at);
+      hn::StoreU(hn::MulAdd(transition<kSigned>(d, decay), hn::LoadU(d, h + at),
+                            hn::Mul(dtx, hn::Set(d, B[r * S + s]))),
+                 d, h + at + row);
     }
   }
-  A* sum_B = whole ? scratch.dB.data() : scratch.dB_one.data();
-  A* sum_C = whole ? scratch.dC.data() : scratch.dC_one.data();
+  A* HWY_RESTRICT sum_B = whole ? scratch.dB.data() : scratch.dB_one.data();
+  A* HWY_RESTRICT sum_C = whole ? scratch.dC.data() : scratch.dC_one.data();
+  A* HWY_RESTRICT sum_A = sums.dA.data();
   const auto skip = in.skip(d, i);
   auto dD = hn::LoadU(d, sums.dD.data() + i), ddt_bias = hn::LoadU(d, sums.ddt_bias.data() + i);
-  for (int64_t t = span.end - 1; t >= span.begin; --t) {
-    const int64_t k = (t - span.begin) * row;
-    const A *before = h + k, *now = before + row;
-    const auto x = in.x(d, t, i), raw = in.raw(d, t, i);
-    const auto dt = in.p.softplus ? softplus(d, raw) : raw, dtx = hn::Mul(dt, x);
-    const auto dy =
-        g.dy == nullptr ? hn::Zero(d) : load_as(d, static_cast<const T*>(g.dy) + in.at(t, i));
+  for (int64_t r = rows - 1; r >= 0; --r) {
+    const auto x = hn::LoadU(d, in.x.data() + r * kTile + i);
+    const auto dt = hn::LoadU(d, in.dt.data() + r * kTile + i), dtx = hn::Mul(dt, x);
+    const auto dy = hn::LoadU(d, scratch.dy.data() + r * kTile + i);
     auto d_dtx = hn::Zero(d), d_rate = hn::Zero(d);
     for (int64_t s = 0; s < S; ++s) {
-      const int64_t at = s * kTile + i;
-      const auto decay = hn::LoadU(d, e + k + s * lanes);
-      const auto grad = hn::MulAdd(dy, hn::Set(d, in.C[t * S + s]), hn::LoadU(d, dh + at));
-      A* C = sum_C + k + s * lanes;
-      A* B = sum_B + k + s * lanes;
-      hn::StoreU(hn::MulAdd(dy, hn::LoadU(d, now + s * lanes), hn::LoadU(d, C)), d, C);
-      hn::StoreU(hn::MulAdd(grad, dtx, hn::LoadU(d, B)), d, B);
-      d_dtx = hn::MulAdd(grad, hn::Set(d, in.B[t * S + s]), d_dtx);
+      const int64_t state = s * kTile + i, at = r * row + s * lanes;
+      const auto decay = hn::LoadU(d, e + at);
+      const auto grad = hn::MulAdd(dy, hn::Set(d, C[r * S + s]), hn::LoadU(d, dh + state));
+      hn::StoreU(hn::MulAdd(dy, hn::LoadU(d, h + at + row), hn::LoadU(d, sum_C + at)), d,
+                 sum_C + at);
+      hn::StoreU(hn::MulAdd(grad, dtx, hn::LoadU(d, sum_B + at)), d, sum_B + at);
+      d_dtx = hn::MulAdd(grad, hn::Set(d, B[r * S + s]), d_dtx);
       // of dt A, through the transition
-      auto slope = hn::Mul(hn::Mul(grad, decay), hn::LoadU(d, before + s * lanes));
+      auto slope = hn::Mul(hn::Mul(grad, decay), hn::LoadU(d, h + at));
       if constexpr (kSigned) slope = hn::Add(slope, slope);
-      d_rate = hn::MulAdd(slope, hn::LoadU(d, in.rate + at), d_rate);
-      hn::StoreU(hn::MulAdd(slope, dt, hn::LoadU(d, sums.dA.data() + at)), d, sums.dA.data() + at);
-      hn::StoreU(hn::Mul(transition<kSigned>(d, decay), grad), d, dh + at);
+      d_rate = hn::MulAdd(slope, hn::LoadU(d, in.rate.data() + state), d_rate);
+      hn::StoreU(hn::MulAdd(slope, dt, hn::LoadU(d, sum_A + state)), d, sum_A + state);
+      hn::StoreU(hn::Mul(transition<kSigned>(d, decay), grad), d, dh + state);
     }
     auto d_dt = hn::MulAdd(d_dtx, x, d_rate);
     if (in.p.softplus) {
+      const auto raw = hn::LoadU(d, in.raw.data() + r * kTile + i);
       const auto above = hn::Gt(raw, hn::Set(d, 20));
       d_dt = hn::IfThenElse(above, d_dt, hn::Mul(d_dt, sigmoid(d, raw)));
     }
-    store_as(d, hn::MulAdd(d_dtx, dt, hn::Mul(skip, dy)), static_cast<T*>(g.dx) + in.at(t, i));
-    store_as(d, d_dt, static_cast<T*>(g.ddt) + in.at(t, i));
+    hn::StoreU(hn::MulAdd(d_dtx, dt, hn::Mul(skip, dy)), d, in.out.data() + r * kTile + i);
+    hn::StoreU(d_dt, d, scratch.ddt.data() + r * kTile + i);
     dD = hn::MulAdd(dy, x, dD);
     ddt_bias = hn::Add(ddt_bias, d_dt);
   }
@@ -303,37 +315,44 @@ void backward(const SelectiveScanParams& p, const Acc<T>* saved, const Selective
   const int64_t per_group = channels * (S + 2), tokens = p.total_tokens * S;
   std::vector<A> partial(groups.count() * per_group), dB(tiles * tokens), dC(tiles * tokens);
   parallel_for(0, groups.count() * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-    std::vector<A> rate(S * kTile), dh(S * kTile);
+    std::vector<A> dh(S * kTile);
+    Scan<T> in(p);
     ChunkScratch<A> scratch(S, hn::Lanes(hn::ScalableTag<A>()));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / tiles, tile = task % tiles, first = tile * kTile;
-      const Scan<T> in{p,           first,       std::min(kTile, channels - first),
-                       rate.data(), wide_B.data, wide_C.data};
-      selective_scan::load_tile(static_cast<const A*>(p.A) + first * S, S, in.width, rate.data());
+      const int64_t group = task / tiles, tile = task % tiles;
+      in.start_tile(tile);
+      const int64_t first = in.first;
       Sums<A> sums(S);
       for (int64_t n = groups.begin(group); n < groups.end(group); ++n) {
         const int64_t state = (n * channels + first) * S;
         const A* d_final = static_cast<const A*>(g.d_final);
-        selective_scan::load_tile(d_final == nullptr ? d_final : d_final + state, S, in.width,
-                                  dh.data());
+        load_tile(d_final == nullptr ? d_final : d_final + state, S, in.width, dh.data());
         const Span seq = selective_scan::sequence(p, n);
         for (int64_t c = selective_scan::chunks_of(seq) - 1; c >= 0; --c) {
           const int64_t t = seq.begin + c * kScanChunk;
           const Span span{t, std::min(seq.end, t + kScanChunk)};
+          const int64_t rows = span.end - t;
           const A* start = saved + (selective_scan::first_chunk(p, n) + c) * S * channels + first;
           scratch.clear();
+          in.load_chunk(span);
+          if (g.dy != nullptr)
+            load_block(static_cast<const T*>(g.dy) + in.at(t), channels, rows, in.width,
+                       scratch.dy.data());
           for_lanes<A>(in.width, [&](auto d, int64_t i) HWY_ATTR {
-            unscan_vector<kSigned, T>(in, d, i, span, start, channels, g, scratch, dh.data(), sums);
+            unscan_vector<kSigned, T>(in, d, i, rows, wide_B.data + t * S, wide_C.data + t * S,
+                                      start, channels, scratch, dh.data(), sums);
           });
-          const int64_t count = (span.end - span.begin) * S;
-          reduce_lanes(scratch.dB, scratch.dB_one, count, dB.data() + tile * tokens + t * S);
-          reduce_lanes(scratch.dC, scratch.dC_one, count, dC.data() + tile * tokens + t * S);
+          store_block(in.out.data(), channels, rows, in.width, static_cast<T*>(g.dx) + in.at(t));
+          store_block(scratch.ddt.data(), channels, rows, in.width,
+                      static_cast<T*>(g.ddt) + in.at(t));
+          reduce_lanes(scratch.dB, scratch.dB_one, rows * S, dB.data() + tile * tokens + t * S);
+          reduce_lanes(scratch.dC, scratch.dC_one, rows * S, dC.data() + tile * tokens + t * S);
         }
         if (g.d_initial != nullptr)
-          selective_scan::store_tile(dh.data(), S, in.width, static_cast<A*>(g.d_initial) + state);
+          store_tile(dh.data(), S, in.width, static_cast<A*>(g.d_initial) + state);
       }
       A* out = partial.data() + group * per_group;
-      selective_scan::store_tile(sums.dA.data(), S, in.width, out + first * S);
+      store_tile(sums.dA.data(), S, in.width, out + first * S);
       std::copy_n(sums.dD.data(), in.width, out + channels * S + first);
       std::copy_n(sums.ddt_bias.data(), in.width, out + channels * (S + 1) + first);
     }
@@ -372,28 +391,29 @@ void step(const SelectiveScanParams& p, Acc<T>* pool, const int64_t* slots, T* y
   parallel_for(0, p.num_sequences * tiles, 4, [&](int64_t begin, int64_t end) HWY_ATTR {
     const hn::ScalableTag<A> d;
     const int64_t lanes = hn::Lanes(d);
-    A sizes[kTile] = {}, sums[kTile] = {};
+    A sums[kTile] = {};
+    Scan<T> in(p, /*rows=*/1);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / tiles, first = task % tiles * kTile;
+      const int64_t n = task / tiles;
       const int64_t slot = slots == nullptr ? n : slots[n];
-      const Scan<T> in{p,       first,       std::min(kTile, p.channels - first),
-                       nullptr, wide_B.data, wide_C.data};
-      T* out = y + n * p.channels + first;
+      in.first = task % tiles * kTile;
+      in.width = std::min(kTile, p.channels - in.first);
+      T* out = y + in.at(n);
       if (slot < 0) {
         std::fill(out, out + in.width, T{});
         continue;
       }
+      in.load_chunk({n, n + 1});
       for_lanes<A>(in.width, [&](auto dc, int64_t i) HWY_ATTR {
-        hn::StoreU(in.step_size(dc, n, i), dc, sizes + i);
-        hn::StoreU(hn::Mul(in.skip(dc, i), in.x(dc, n, i)), dc, sums + i);
+        hn::StoreU(hn::Mul(in.skip(dc, i), hn::LoadU(dc, in.x.data() + i)), dc, sums + i);
       });
-      const A *B = in.B + n * S, *C = in.C + n * S;
+      const A *B = wide_B.data + n * S, *C = wide_C.data + n * S;
       for (int64_t c = 0; c < in.width; ++c) {
-        A* h = pool + (slot * p.channels + first + c) * S;
-        const A* rate = static_cast<const A*>(p.A) + (first + c) * S;
-        const A dtx = sizes[c] * load(static_cast<const T*>(p.x) + in.at(n, c));
+        A* h = pool + (slot * p.channels + in.first + c) * S;
+        const A* rate = static_cast<const A*>(p.A) + (in.first + c) * S;
+        const A dt = in.dt[c], dtx = dt * in.x[c];
         const auto update = [&](auto tag, int64_t s) HWY_ATTR {
-          const auto e = exp_of(tag, hn::Mul(hn::Set(tag, sizes[c]), hn::LoadU(tag, rate + s)));
+          const auto e = exp_nonpositive(tag, hn::Mul(hn::Set(tag, dt), hn::LoadU(tag, rate + s)));
           const auto next = hn::MulAdd(transition<kSigned>(tag, e), hn::LoadU(tag, h + s),
                                        hn::Mul(hn::Set(tag, dtx), hn::LoadU(tag, B + s)));
           hn::StoreU(next, tag, h + s);

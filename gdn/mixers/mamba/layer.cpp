@@ -151,7 +151,7 @@ MixerInfo mamba_info() {
       kName,
       "Mamba",
       "arXiv 2312.00752",
-      {"naive", "chunk", "step"},
+      {"naive", "recurrent", "step"},
       {"cpu"},
       {
           {"state_size", 16, "states of each channel"},

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Lanes are channels; a task walks along the tokens of one sequence with a tile of channels.
+#include "gdn/kernels/simd/targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/mixers/rwkv4/kernel.cpp"
 // clang-format off
 #include "hwy/foreach_target.h"  // must precede highway.h
 // clang-format on
-#include "gdn/mixers/rwkv4/kernel.h"
-
 #include <algorithm>
 #include <vector>
 
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
-#include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/scan-inl.h"
+#include "gdn/mixers/rwkv4/kernel.h"
 
 #ifndef GDN_RWKV4_KERNEL_ONCE  // what does not depend on the SIMD target
 #define GDN_RWKV4_KERNEL_ONCE
@@ -47,8 +48,9 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-using wkv::kTile;
 using wkv::Span;
+
+inline constexpr int64_t kTile = kScanTile;
 
 template <class V>
 struct WkvState {
@@ -81,7 +83,7 @@ struct Weights {
 template <class D, class V>
 HWY_INLINE Weights<V> weigh(D d, V a, V b) {
   const auto diff = hn::Sub(a, b), one = hn::Set(d, 1);
-  const auto e = exp_of(d, hn::Neg(hn::Abs(diff)));
+  const auto e = exp_nonpositive(d, hn::Neg(hn::Abs(diff)));
   const auto second = hn::Lt(diff, hn::Zero(d));
   return {hn::IfThenElse(second, e, one), hn::IfThenElse(second, one, e), hn::Max(a, b)};
 }
@@ -100,32 +102,55 @@ HWY_INLINE void advance(D d, WkvState<V>& s, V w, V k, V v) {
   s.o = e.m;
 }
 
+// The inputs and outputs of one chunk of tokens for a tile of channels, [kWkvChunk, kTile] each,
+// and the state of the walk, [3, kTile].
+template <typename A>
+struct WkvTile {
+  std::vector<A> k, v, y, state;
+  WkvTile() : k(kWkvChunk * kTile), v(k.size()), y(k.size()), state(3 * kTile) {}
+};
+
 template <typename T>
 void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
   using A = Acc<T>;
   const int64_t C = p.channels, tiles = (C + kTile - 1) / kTile;
-  const T *keys = static_cast<const T*>(p.k), *values = static_cast<const T*>(p.v);
   const A* initial = static_cast<const A*>(p.initial);
   parallel_for(0, p.num_sequences * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
+    WkvTile<A> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / tiles, first = task % tiles * kTile;
+      const int64_t width = std::min(kTile, C - first);
       const Span seq = wkv::sequence(p, n);
-      for_lanes<A>(std::min(kTile, C - first), [&](auto d, int64_t i) HWY_ATTR {
-        const int64_t c = first + i;
-        const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + c);
-        const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + c);
-        auto s = load_state(d, initial == nullptr ? initial : initial + n * 3 * C, C, c);
-        A* keep = saved == nullptr ? nullptr : saved + wkv::first_chunk(p, n) * 3 * C;
-        for (int64_t t = seq.begin; t < seq.end; ++t) {
-          if (keep != nullptr && (t - seq.begin) % kWkvChunk == 0) {
-            store_state(d, s, keep, C, c);
-            keep += 3 * C;
+      A* keep = saved == nullptr ? nullptr : saved + wkv::first_chunk(p, n) * 3 * C;
+      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+        store_state(d,
+                    load_state(d, initial == nullptr ? initial : initial + n * 3 * C, C, first + i),
+                    tile.state.data(), kTile, i);
+      });
+      for (int64_t t = seq.begin; t < seq.end; t += kWkvChunk) {
+        const int64_t rows = std::min(seq.end - t, kWkvChunk), at = t * C + first;
+        load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
+        load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
+        for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+          const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + first + i);
+          const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + first + i);
+          auto s = load_state(d, tile.state.data(), kTile, i);
+          if (keep != nullptr) store_state(d, s, keep, C, first + i);
+          for (int64_t r = 0; r < rows; ++r) {
+            const auto k = hn::LoadU(d, tile.k.data() + r * kTile + i);
+            const auto v = hn::LoadU(d, tile.v.data() + r * kTile + i);
+            hn::StoreU(read(d, s, u, k, v), d, tile.y.data() + r * kTile + i);
+            advance(d, s, w, k, v);
           }
-          const auto k = load_as(d, keys + t * C + c), v = load_as(d, values + t * C + c);
-          store_as(d, read(d, s, u, k, v), y + t * C + c);
-          advance(d, s, w, k, v);
-        }
-        if (final_state != nullptr) store_state(d, s, final_state + n * 3 * C, C, c);
+          store_state(d, s, tile.state.data(), kTile, i);
+        });
+        if (keep != nullptr) keep += 3 * C;
+        store_block(tile.y.data(), C, rows, width, y + at);
+      }
+      if (final_state == nullptr) continue;
+      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+        store_state(d, load_state(d, tile.state.data(), kTile, i), final_state + n * 3 * C, C,
+                    first + i);
       });
     }
   });
@@ -150,78 +175,131 @@ HWY_INLINE WkvGradState<hn::Vec<D>> start_gradient(D d, const WkvState<hn::Vec<D
   return {gp, gq, hn::Neg(last.o), largest};
 }
 
-// Backward over sequence n for the channels at c. Per token, with the state before it:
+// What backward needs of one chunk beside the inputs: dy, dk, dv [kWkvChunk, kTile]; the states
+// before each token, for one vector of channels; of the walk the gradients [4, kTile] and sums
+// [kTile].
+template <typename A>
+struct WkvGradTile : WkvTile<A> {
+  std::vector<A> dy, dk, dv, states, grad, dw, du;
+  WkvGradTile()
+      : dy(kWkvChunk * kTile),
+        dk(dy.size()),
+        dv(dy.size()),
+        states(3 * dy.size()),
+        grad(4 * kTile),
+        dw(kTile),
+        du(kTile) {}
+};
+
+template <class D, typename A>
+HWY_INLINE void store_gradient(D d, const WkvGradState<hn::Vec<D>>& g, A* to, int64_t i) {
+  hn::StoreU(g.gp, d, to + i);
+  hn::StoreU(g.gq, d, to + kTile + i);
+  hn::StoreU(g.o, d, to + 2 * kTile + i);
+  hn::StoreU(g.largest, d, to + 3 * kTile + i);
+}
+template <class D, typename A>
+HWY_INLINE WkvGradState<hn::Vec<D>> load_gradient(D d, const A* from, int64_t i) {
+  return {hn::LoadU(d, from + i), hn::LoadU(d, from + kTile + i),
+          hn::LoadU(d, from + 2 * kTile + i), hn::LoadU(d, from + 3 * kTile + i)};
+}
+
+// Backward over `rows` tokens of the channels at i of a tile, from the state `s` before them. Per
+// token, with the state before it:
 //   dv = e^k gP + r b,  dk = e^k (v gP + gQ) + r b (v - y),  du += r b (v - y),
 //   dw += e^w (P gP + Q gQ),  gP <- e^w gP + r e^-m,  gQ <- e^w gQ - y r e^-m,
 // where r = dy / (a q + b) and a, b, m weigh state and token in y. Every exponent is <= 0, because
-// that of the gradients is at most minus that of any term before.
-template <typename T, class D>
-HWY_INLINE void unwind(const WkvParams& p, D d, int64_t n, int64_t c, const Acc<T>* saved,
-                       const WkvGrads& g, Acc<T>* scratch, Acc<T>* sum_w, Acc<T>* sum_u) {
-  using A = Acc<T>;
+// that of the gradients is at most minus that of any term before. d_final: of the state after the
+// sequence, or null, where these are its last tokens.
+template <class D, typename A>
+HWY_INLINE void unwind(D d, int64_t i, int64_t rows, hn::Vec<D> w, hn::Vec<D> u,
+                       WkvState<hn::Vec<D>> s, bool last, const A* d_final, int64_t channels,
+                       int64_t c, WkvGradTile<A>& tile) {
   using V = hn::Vec<D>;
-  const int64_t C = p.channels, lanes = hn::Lanes(d);
-  const Span seq = wkv::sequence(p, n);
-  const T *keys = static_cast<const T*>(p.k) + c, *values = static_cast<const T*>(p.v) + c;
-  const V w = hn::LoadU(d, static_cast<const A*>(p.w) + c);
-  const V u = hn::LoadU(d, static_cast<const A*>(p.u) + c);
-  const A* initial = static_cast<const A*>(p.initial);
-  const A* d_final = static_cast<const A*>(g.d_final);
-  const auto first = load_state(d, initial == nullptr ? initial : initial + n * 3 * C, C, c);
-  V dw = hn::LoadU(d, sum_w), du = hn::LoadU(d, sum_u);
-  WkvGradState<V> grad =
-      start_gradient(d, first, d_final == nullptr ? d_final : d_final + n * 3 * C, C, c);
-  for (int64_t chunk = wkv::chunks_of(seq) - 1; chunk >= 0; --chunk) {
-    const Span span{seq.begin + chunk * kWkvChunk,
-                    std::min(seq.end, seq.begin + (chunk + 1) * kWkvChunk)};
-    auto s = load_state(d, saved + chunk * 3 * C, C, c);
-    for (int64_t t = span.begin; t < span.end; ++t) {
-      store_state(d, s, scratch + (t - span.begin) * 3 * lanes, lanes, 0);
-      advance(d, s, w, load_as(d, keys + t * C), load_as(d, values + t * C));
-    }
-    if (span.end == seq.end)
-      grad = start_gradient(d, s, d_final == nullptr ? d_final : d_final + n * 3 * C, C, c);
-    for (int64_t t = span.end - 1; t >= span.begin; --t) {
-      const V k = load_as(d, keys + t * C), v = load_as(d, values + t * C);
-      const A* at = scratch + (t - span.begin) * 3 * lanes;
-      const WkvState<V> before{hn::LoadU(d, at), hn::LoadU(d, at + lanes),
-                               hn::LoadU(d, at + 2 * lanes)};
-      const V dy =
-          g.dy == nullptr ? hn::Zero(d) : load_as(d, static_cast<const T*>(g.dy) + t * C + c);
-      const auto e = weigh(d, before.o, hn::Add(u, k));
-      const V inverse = hn::Div(hn::Set(d, 1), hn::MulAdd(e.a, before.q, e.b));
-      const V y = hn::Mul(hn::MulAdd(e.a, before.p, hn::Mul(e.b, v)), inverse);
-      const V r = hn::Mul(dy, inverse), rb = hn::Mul(r, e.b);
-      const V bonus = hn::Mul(rb, hn::Sub(v, y));
-      const V ek = exp_of(d, hn::Add(k, grad.o));
-      store_as(d, hn::MulAdd(ek, grad.gp, rb), static_cast<T*>(g.dv) + t * C + c);
-      // the exponent that the state keeps is its own or the token's
-      const V aged = hn::Add(before.o, w);
-      const auto own = hn::Ge(aged, k);
-      const V dk = hn::MulAdd(ek, hn::MulAdd(v, grad.gp, grad.gq), bonus);
-      store_as(d, hn::Add(dk, hn::IfThenZeroElse(own, grad.largest)),
-               static_cast<T*>(g.dk) + t * C + c);
-      grad.largest = hn::IfThenElseZero(own, grad.largest);
-      const V ew = exp_of(d, hn::Add(aged, grad.o));
-      dw = hn::MulAdd(ew, hn::MulAdd(before.p, grad.gp, hn::Mul(before.q, grad.gq)), dw);
-      dw = hn::Add(dw, grad.largest);
-      du = hn::Add(du, bonus);
-      const auto next = weigh(d, hn::Add(w, grad.o), hn::Neg(e.m));
-      const V fresh = hn::Mul(next.b, r);
-      grad.gp = hn::MulAdd(next.a, grad.gp, fresh);
-      grad.gq = hn::NegMulAdd(fresh, y, hn::Mul(next.a, grad.gq));
-      grad.o = next.m;
-    }
+  const int64_t lanes = hn::Lanes(d);
+  for (int64_t r = 0; r < rows; ++r) {
+    store_state(d, s, tile.states.data() + r * 3 * lanes, lanes, 0);
+    advance(d, s, w, hn::LoadU(d, tile.k.data() + r * kTile + i),
+            hn::LoadU(d, tile.v.data() + r * kTile + i));
   }
-  hn::StoreU(dw, d, sum_w);
-  hn::StoreU(du, d, sum_u);
+  auto grad =
+      last ? start_gradient(d, s, d_final, channels, c) : load_gradient(d, tile.grad.data(), i);
+  V dw = hn::LoadU(d, tile.dw.data() + i), du = hn::LoadU(d, tile.du.data() + i);
+  for (int64_t r = rows - 1; r >= 0; --r) {
+    const V k = hn::LoadU(d, tile.k.data() + r * kTile + i);
+    const V v = hn::LoadU(d, tile.v.data() + r * kTile + i);
+    const V dy = hn::LoadU(d, tile.dy.data() + r * kTile + i);
+    const A* at = tile.states.data() + r * 3 * lanes;
+    const WkvState<V> before{hn::LoadU(d, at), hn::LoadU(d, at + lanes),
+                             hn::LoadU(d, at + 2 * lanes)};
+    const auto e = weigh(d, before.o, hn::Add(u, k));
+    const V inverse = hn::Div(hn::Set(d, 1), hn::MulAdd(e.a, before.q, e.b));
+    const V y = hn::Mul(hn::MulAdd(e.a, before.p, hn::Mul(e.b, v)), inverse);
+    const V share = hn::Mul(dy, inverse), own = hn::Mul(share, e.b);
+    const V bonus = hn::Mul(own, hn::Sub(v, y));
+    const V ek = exp_nonpositive(d, hn::Add(k, grad.o));
+    hn::StoreU(hn::MulAdd(ek, grad.gp, own), d, tile.dv.data() + r * kTile + i);
+    // the exponent that the state keeps is its own or the token's
+    const V aged = hn::Add(before.o, w);
+    const auto keeps = hn::Ge(aged, k);
+    const V dk = hn::MulAdd(ek, hn::MulAdd(v, grad.gp, grad.gq), bonus);
+    hn::StoreU(hn::Add(dk, hn::IfThenZeroElse(keeps, grad.largest)), d,
+               tile.dk.data() + r * kTile + i);
+    grad.largest = hn::IfThenElseZero(keeps, grad.largest);
+    const V ew = exp_nonpositive(d, hn::Add(aged, grad.o));
+    dw = hn::MulAdd(ew, hn::MulAdd(before.p, grad.gp, hn::Mul(before.q, grad.gq)), dw);
+    dw = hn::Add(dw, grad.largest);
+    du = hn::Add(du, bonus);
+    const auto next = weigh(d, hn::Add(w, grad.o), hn::Neg(e.m));
+    const V fresh = hn::Mul(next.b, share);
+    grad.gp = hn::MulAdd(next.a, grad.gp, fresh);
+    grad.gq = hn::NegMulAdd(fresh, y, hn::Mul(next.a, grad.gq));
+    grad.o = next.m;
+  }
+  store_gradient(d, grad, tile.grad.data(), i);
+  hn::StoreU(dw, d, tile.dw.data() + i);
+  hn::StoreU(du, d, tile.du.data() + i);
+}
+
+// Sequence n of the channels from `first` on.
+template <typename T>
+void unwind_sequence(const WkvParams& p, int64_t n, int64_t first, const Acc<T>* saved,
+                     const WkvGrads& g, WkvGradTile<Acc<T>>& tile) {
+  using A = Acc<T>;
+  const int64_t C = p.channels, width = std::min(kTile, C - first);
+  const Span seq = wkv::sequence(p, n);
+  const A* d_final = g.d_final == nullptr ? nullptr : static_cast<const A*>(g.d_final) + n * 3 * C;
+  const A* initial = p.initial == nullptr ? nullptr : static_cast<const A*>(p.initial) + n * 3 * C;
+  for (int64_t chunk = wkv::chunks_of(seq) - 1; chunk >= 0; --chunk) {
+    const int64_t t = seq.begin + chunk * kWkvChunk, rows = std::min(seq.end - t, kWkvChunk);
+    const int64_t at = t * C + first;
+    load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
+    load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
+    if (g.dy != nullptr)
+      load_block(static_cast<const T*>(g.dy) + at, C, rows, width, tile.dy.data());
+    for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+      unwind(d, i, rows, hn::LoadU(d, static_cast<const A*>(p.w) + first + i),
+             hn::LoadU(d, static_cast<const A*>(p.u) + first + i),
+             load_state(d, saved + chunk * 3 * C, C, first + i), t + rows == seq.end, d_final, C,
+             first + i, tile);
+    });
+    store_block(tile.dk.data(), C, rows, width, static_cast<T*>(g.dk) + at);
+    store_block(tile.dv.data(), C, rows, width, static_cast<T*>(g.dv) + at);
+  }
   if (g.d_initial == nullptr) return;
-  const auto seen = hn::Ne(first.q, hn::Zero(d));
-  const V e0 = hn::IfThenElseZero(seen, exp_of(d, hn::Add(first.o, grad.o)));
-  const V dp = hn::Mul(e0, grad.gp), dq = hn::Mul(e0, grad.gq);
-  const V d_o = hn::Add(hn::MulAdd(first.p, dp, hn::Mul(first.q, dq)),
-                        hn::IfThenElseZero(seen, grad.largest));
-  store_state(d, WkvState<V>{dp, dq, d_o}, static_cast<A*>(g.d_initial) + n * 3 * C, C, c);
+  for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+    using V = hn::Vec<decltype(d)>;
+    const auto before = load_state(d, initial, C, first + i);
+    const auto grad = seq.begin == seq.end ? start_gradient(d, before, d_final, C, first + i)
+                                           : load_gradient(d, tile.grad.data(), i);
+    const auto seen = hn::Ne(before.q, hn::Zero(d));
+    const V e0 = hn::IfThenElseZero(seen, exp_nonpositive(d, hn::Add(before.o, grad.o)));
+    const V dp = hn::Mul(e0, grad.gp), dq = hn::Mul(e0, grad.gq);
+    const V d_o = hn::Add(hn::MulAdd(before.p, dp, hn::Mul(before.q, dq)),
+                          hn::IfThenElseZero(seen, grad.largest));
+    store_state(d, WkvState<V>{dp, dq, d_o}, static_cast<A*>(g.d_initial) + n * 3 * C, C,
+                first + i);
+  });
 }
 
 template <typename T>
@@ -232,16 +310,16 @@ void backward(const WkvParams& p, const Acc<T>* saved, const WkvGrads& g) {
   const RowBlocks groups(p.num_sequences, 1, 16);
   std::vector<A> partial(groups.count() * 2 * C);
   parallel_for(0, groups.count() * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-    std::vector<A> scratch(kWkvChunk * 3 * hn::Lanes(hn::ScalableTag<A>()));
+    WkvGradTile<A> tile;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / tiles, first = task % tiles * kTile;
-      A* sums = partial.data() + group * 2 * C;
-      for_lanes<A>(std::min(kTile, C - first), [&](auto d, int64_t i) HWY_ATTR {
-        const int64_t c = first + i;
-        for (int64_t n = groups.begin(group); n < groups.end(group); ++n)
-          unwind<T>(p, d, n, c, saved + wkv::first_chunk(p, n) * 3 * C, g, scratch.data(), sums + c,
-                    sums + C + c);
-      });
+      std::fill(tile.dw.begin(), tile.dw.end(), A{0});
+      std::fill(tile.du.begin(), tile.du.end(), A{0});
+      for (int64_t n = groups.begin(group); n < groups.end(group); ++n)
+        unwind_sequence<T>(p, n, first, saved + wkv::first_chunk(p, n) * 3 * C, g, tile);
+      const int64_t width = std::min(kTile, C - first);
+      std::copy_n(tile.dw.data(), width, partial.data() + group * 2 * C + first);
+      std::copy_n(tile.du.data(), width, partial.data() + (group * 2 + 1) * C + first);
     }
   });
   for (int64_t c = 0; c < C; ++c) {

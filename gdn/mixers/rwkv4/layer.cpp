@@ -149,7 +149,7 @@ MixerInfo rwkv4_info() {
       kName,
       "RWKV-4",
       "arXiv 2305.13048",
-      {"naive", "chunk", "step"},
+      {"naive", "recurrent", "step"},
       {"cpu"},
       {
           {"attention_hidden_size", nullptr, "channels of the time mix; default: hidden_size"},

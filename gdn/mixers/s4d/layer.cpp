@@ -178,7 +178,7 @@ MixerInfo s4d_info() {
       kName,
       "S4D",
       "arXiv 2206.11893",
-      {"naive", "chunk", "step"},
+      {"naive", "convolution", "step"},
       {"cpu"},
       {
           {"state_size", 64, "states of each channel, even: conjugate pairs"},
