@@ -14,6 +14,9 @@ int gdn_main(int argc, char** argv) { return gdn::run_main(argc, argv); }
 const char* gdn_version() { return GDN_VERSION; }
 
 // The torch this library was built with, e.g. "2.13.0"; only the same minor version can load it.
-const char* gdn_torch_version() { return TORCH_VERSION; }
+// The Python package reads the text behind the marker from the file, for a library of another torch
+// may not load at all.
+const char gdn_torch_marker[] = "gdn-built-with-torch:" TORCH_VERSION;
+const char* gdn_torch_version() { return gdn_torch_marker + sizeof("gdn-built-with-torch:") - 1; }
 
 }  // extern "C"

@@ -1,69 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated DeltaNet and the sequence mixers around it.
+"""Gated DeltaNet and the sequence mixers around it, fast on CPUs, with gradients.
 
-Importing the package loads libgdn into the running PyTorch: its operators are then ``torch.ops.gdn.*`` (also as
-``gdn.ops``), and ``python -m gdn`` is the program ``gdn`` in this process.
+Importing the package loads libgdn into the running PyTorch. Then:
+
+- ``gdn.ops``: the operators under the names, arguments and layouts of flash-linear-attention 0.6;
+- ``gdn.layers``: every sequence mixer as ``torch.nn.Module``;
+- ``gdn.models``: whole language models as transformers' ``PreTrainedModel`` (needs transformers);
+- ``gdn.patch_transformers()``: hybrid models of the installed transformers run on gdn;
+- ``gdn.register_fla_backend()``: the same for the installed flash-linear-attention;
+- ``gdn.CausalLM``: the C++ engine, for inference without transformers;
+- ``python -m gdn``: the program ``gdn`` in a Python process.
 """
 
 import ctypes
+import importlib
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from gdn._library import find_library, load
 
-__all__ = ["__version__", "library_path", "main", "ops"]
+library_path = find_library()
+_library = load(library_path)
 
-_NAME = "libgdn.so"
+from gdn import ops  # noqa: E402  (the operators exist only now)
 
-
-def _find_library() -> Path:
-    """The library to load: $GDN_LIBRARY, else the one beside this package, else the one of the clone's build folder."""
-    given = os.environ.get("GDN_LIBRARY")
-    if given:
-        if not Path(given).is_file():
-            raise ImportError(f"GDN_LIBRARY={given} is not a file")
-        return Path(given)
-    package = Path(__file__).resolve().parent
-    candidates = [package / _NAME, package.parents[1] / "build" / _NAME]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    places = " or ".join(str(candidate) for candidate in candidates)
-    raise ImportError(f"{_NAME} was found neither at {places}: run `make build` in the clone, or set GDN_LIBRARY")
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        # A symbol that torch lacks or a library of another torch: what the loader says names neither cause nor remedy.
-        raise ImportError(
-            f"{path} does not load into torch {torch.__version__}: {error}; "
-            "build it with this torch (`make build` in the clone uses the one in .venv)"
-        ) from error
-    library = ctypes.CDLL(str(path))
-    library.gdn_version.restype = ctypes.c_char_p
-    library.gdn_torch_version.restype = ctypes.c_char_p
-    library.gdn_main.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    built_with = library.gdn_torch_version().decode()
-    if _minor(built_with) != _minor(torch.__version__):
-        raise ImportError(
-            f"{path} was built with torch {built_with}, but this is torch {torch.__version__}: "
-            "install that minor version, or build again"
-        )
-    return library
-
-
-library_path = _find_library()
-_library = _load(library_path)
+if TYPE_CHECKING:
+    from gdn import layers, models
+    from gdn._fla import register_fla_backend
+    from gdn._transformers import patch_transformers, unpatch_transformers
+    from gdn.causal_lm import CausalLM
 
 __version__: str = _library.gdn_version().decode()
 
-ops = torch.ops.gdn
+__all__ = [
+    "CausalLM",
+    "__version__",
+    "layers",
+    "library_path",
+    "main",
+    "models",
+    "ops",
+    "patch_transformers",
+    "register_fla_backend",
+    "unpatch_transformers",
+]
+
+# What costs time to import, or needs a package that need not be there, is imported when it is first asked for.
+_LAZY = {
+    "CausalLM": "gdn.causal_lm",
+    "patch_transformers": "gdn._transformers",
+    "unpatch_transformers": "gdn._transformers",
+    "register_fla_backend": "gdn._fla",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in ("layers", "models"):
+        value = importlib.import_module(f"gdn.{name}")
+    else:
+        raise AttributeError(f"module 'gdn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def main(arguments: list[str]) -> int:

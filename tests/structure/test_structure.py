@@ -25,6 +25,7 @@ LOWER = {
 }
 LOWER["train"] = LOWER["generate"] = LOWER["eval"] = LOWER["model"] | {"model"}
 LOWER["serve"] = LOWER["cli"] = LOWER["train"] | {"train", "generate", "eval", "serve"}
+LOWER["python"] = LOWER["cli"]
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2)/")
 BANNED_HEADERS = {"torch/torch.h", "torch/extension.h", "torch/all.h", "ATen/ATen.h", "ATen/Functions.h"}

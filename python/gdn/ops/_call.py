@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all wrappers share: checks of types, errors of the right class, and fla's older keywords."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check(op: str, **tensors: Tensor | None) -> None:
+    """TypeError unless every given tensor is a floating tensor, and those named q, k, v have one dtype."""
+    first: tuple[str, torch.dtype] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"[{op}] {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+        if name in ("q", "k", "v"):
+            if first is None:
+                first = (name, t.dtype)
+            elif t.dtype != first[1]:
+                raise TypeError(f"[{op}] {name} must have the dtype of {first[0]} ({first[1]}), got {t.dtype}")
+
+
+def check_rank(op: str, name: str, t: Tensor, rank: int, layout: str) -> None:
+    if t.dim() != rank:
+        raise ValueError(f"[{op}] {name} must be {layout}, got {list(t.shape)}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"[{op}] cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"[{op}] cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+
+
+def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Calls an operator; a broken rule of libgdn ("[op] rule, got value") is a ValueError here.
+
+    Everything else (no gradient, no kernel for a device, out of memory) stays what torch makes of it.
+    """
+    if torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith("[") and "no gradient" not in text and "not for gradients" not in text:
+            raise ValueError(text.splitlines()[0]) from None
+        if "functorch" in text or "vmap" in text or "saved tensor hooks" in text:
+            raise RuntimeError(
+                "gdn's operators have gradients by torch.autograd only; torch.func transforms are not supported: "
+                f"{text.splitlines()[0]}"
+            ) from None
+        raise
+
+
+def legacy(op: str, kwargs: dict[str, Any], state_v_first: bool = False) -> bool:
+    """Takes fla's older keywords out of `kwargs`, rejects what is left, and returns state_v_first."""
+    if not kwargs:
+        return state_v_first
+    if "head_first" in kwargs:
+        raise DeprecationWarning(f"[{op}] head_first has been removed: inputs must be [B,T,H,...]")
+    if "transpose_state_layout" in kwargs:
+        if state_v_first:
+            raise ValueError(f"[{op}] state_v_first and the deprecated transpose_state_layout cannot both be given")
+        warnings.warn(
+            "`transpose_state_layout` is deprecated and renamed to `state_v_first`.", DeprecationWarning, stacklevel=3
+        )
+        state_v_first = bool(kwargs.pop("transpose_state_layout"))
+    if kwargs:
+        raise TypeError(f"[{op}] unexpected keyword argument {next(iter(kwargs))!r}")
+    return state_v_first
+
+
+def no_context_parallelism(op: str, cp_context: object) -> None:
+    if cp_context is not None:
+        raise ValueError(f"[{op}] cp_context (context parallelism) is not supported on CPUs: pass the whole sequence")
+
+
+def chunk(op: str, chunk_size: int, choices: tuple[int, ...] = (16, 32, 64)) -> int:
+    """The kernel's chunk size. 64 is fla's default, chosen for GPUs: it leaves the choice to the kernel (0)."""
+    if chunk_size not in choices:
+        allowed = ", ".join(map(str, choices[:-1])) + f" or {choices[-1]}"
+        raise ValueError(f"[{op}] chunk_size must be {allowed}, got {chunk_size}")
+    return 0 if chunk_size == 64 else chunk_size
+
+
+def wanted(final_state: Tensor, output_final_state: bool) -> Tensor | None:
+    return final_state if output_final_state else None
