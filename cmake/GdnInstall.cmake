@@ -7,6 +7,13 @@ install(TARGETS gdn_kernels EXPORT gdnKernelsTargets
   ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}" FILE_SET HEADERS DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
 install(EXPORT gdnKernelsTargets NAMESPACE gdn:: DESTINATION "${gdn_package_dir}")
 
+# A wheel holds the library beside the Python package, and finds torch beside that.
+if(SKBUILD)
+  set_property(TARGET gdn PROPERTY INSTALL_RPATH "$ORIGIN/../torch/lib")
+  install(TARGETS gdn LIBRARY DESTINATION gdn COMPONENT python)
+  return()
+endif()
+
 set(GDN_TORCH_VERSION "")
 if(TARGET gdn)
   set(GDN_TORCH_VERSION "${Torch_VERSION}")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Finds LibTorch in the Python environment (.venv by default, else GDN_PYTHON) and wraps it in the target gdn_torch.
 if(NOT GDN_PYTHON)
-  if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
+  if(SKBUILD)  # pip builds with the torch of its own environment
+    set(GDN_PYTHON "${Python_EXECUTABLE}")
+  elseif(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
     set(GDN_PYTHON "${CMAKE_CURRENT_SOURCE_DIR}/.venv/bin/python")
   else()
     set(GDN_PYTHON python3)

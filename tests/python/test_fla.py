@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flash-linear-attention's own models on the CPU through gdn, and its checkpoints in gdn's models (where it is there)."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if importlib.util.find_spec("fla") is None:
+    pytest.skip("flash-linear-attention is not installed", allow_module_level=True)
+
+SCRIPT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, gdn
+names = gdn.register_fla_backend()
+assert names == gdn.register_fla_backend() and "fused_recurrent_gated_delta_rule" in names
+import fla.models
+from gdn import models
+torch.manual_seed(0)
+kind, folder = sys.argv[1:]
+fields = dict(hidden_size=64, num_hidden_layers=2, vocab_size=100, num_heads=2)
+if kind != "DeltaNet":
+    fields["head_dim"] = 16
+theirs = getattr(fla.models, kind + "ForCausalLM")(getattr(fla.models, kind + "Config")(**fields))
+with torch.no_grad():
+    for p in theirs.parameters():
+        if p.dim() > 1:
+            p.mul_(3)
+ids = torch.randint(3, 100, (2, 90))
+theirs(ids, labels=ids).loss.backward()
+theirs.eval().save_pretrained(folder)
+ours = getattr(models, kind + "ForCausalLM").from_pretrained(folder)
+ours.train()(ids, labels=ids).loss.backward()
+ours.eval()
+for name, p in theirs.named_parameters():
+    grad = ours.get_parameter(name).grad
+    assert (grad - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
+mask = torch.ones_like(ids)
+mask[0, :9] = 0
+with torch.no_grad():
+    torch.testing.assert_close(ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits)
+generate = dict(attention_mask=mask[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
+assert torch.equal(ours.generate(ids[:, :20], **generate), theirs.generate(ids[:, :20], **generate))
+"""
+
+
+@pytest.mark.parametrize("kind", ["GatedDeltaNet", "KDA", "DeltaNet"])
+def test_flas_models_run_and_their_checkpoints_load(kind, tmp_path):
+    # A process of its own: flash-linear-attention registers the same model types as gdn.
+    run = [sys.executable, "-c", SCRIPT, kind, str(tmp_path)]
+    environment = {"PYTHONPATH": f"{ROOT / 'python'}:{':'.join(sys.path)}"}
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
