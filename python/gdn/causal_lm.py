@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdn.ops._call import call
+from gdn.ops._call import call, make
 
 # Tokens of a prompt that go through the model at once: enough for the chunk form, few enough that the activations of a
 # long prompt stay small.
@@ -71,7 +71,7 @@ class CausalLM:
             ValueError: the folder holds no model, a broken file, or a model of an unknown type; the message says which.
             TypeError: another dtype.
         """
-        return cls(call(torch.classes.gdn.CausalLM, os.fspath(folder), ""), dtype)
+        return cls(make(torch.classes.gdn.CausalLM, os.fspath(folder), ""), dtype)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the folder that :meth:`from_pretrained` reads."""
@@ -137,7 +137,7 @@ class CausalLM:
         B = input_ids.shape[0]
         penalties = (repetition_penalty, presence_penalty, frequency_penalty)
         samplers = [
-            call(torch.classes.gdn.Sampler, temperature, top_k, top_p, min_p, *penalties, seed, row) for row in range(B)
+            make(torch.classes.gdn.Sampler, temperature, top_k, top_p, min_p, *penalties, seed, row) for row in range(B)
         ]
         for sampler, row in zip(samplers, input_ids):
             sampler.add_prompt(row)

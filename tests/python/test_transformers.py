@@ -233,7 +233,7 @@ def test_packed_sequences_are_kept_apart(name):
 
 def test_low_precision_and_models_built_after():
     gdn.patch_transformers()
-    model = build("qwen3_next").bfloat16().eval()
+    model = build("qwen3_5").bfloat16().eval()
     ids = torch.randint(3, 128, (1, 80))
     with torch.no_grad():
         patched = model(ids).logits.float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn.layers.cache import Cache
-from gdn.ops._call import call
+from gdn.ops._call import call, make
 
 
 @functools.cache
@@ -80,7 +80,7 @@ class Mixer(nn.Module):
 
     def _make(self) -> None:
         name, hidden_size, layer_idx, num_layers, norm_eps, options = self._arguments
-        self._impl = call(
+        self._impl = make(
             torch.classes.gdn.Mixer, name, hidden_size, json.dumps(options), layer_idx or 0, num_layers, norm_eps
         )
         for parameter_name, tensor in self._impl.parameters().items():
@@ -182,7 +182,12 @@ def mixer_class(class_name: str) -> type[Mixer]:
 
     options = "\n".join(f"        {o['name']} ({o['default']}): {o['help']}" for o in entry["options"])
     doc = f"{entry['title']} ({entry['paper']}), computed by libgdn.\n\n    Options (default):\n{options}\n"
-    return type(class_name, (Mixer,), {"__init__": init, "__doc__": doc, "__module__": "gdn.layers"})
+    return type(class_name, (Mixer,), {"__init__": init, "__doc__": doc, "__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of :func:`mixer_class`, for pickle to find them."""
+    return mixer_class(name)
 
 
 def class_names() -> list[str]:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from gdn.layers.mixer import adopt, rejoin
 from gdn.models.configuration import GdnConfig
 from gdn.models.modeling import causal_lm_loss
-from gdn.ops._call import call
+from gdn.ops._call import call, make
 
 
 class EngineCache:
@@ -58,7 +58,7 @@ class GdnForCausalLM(PreTrainedModel, GenerationMixin):
         fields = {key: value for key, value in config.to_dict().items() if key in _FIELDS}
         fields["model_type"] = "gdn"
         fields["tie_word_embeddings"] = bool(config.tie_word_embeddings)
-        self._impl = call(torch.classes.gdn.CausalLM, "", json.dumps(fields))
+        self._impl = make(torch.classes.gdn.CausalLM, "", json.dumps(fields))
         self._compute_dtype: torch.dtype | None = None
         for name, tensor in self._impl.parameters().items():
             adopt(self, name, tensor)

@@ -225,11 +225,9 @@ class GdnConfig(PreTrainedConfig):
     ) -> None:
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.blocks = [{}] if blocks is None else blocks
-        self.num_hidden_layers = len(self.blocks)
         self.hidden_ratio, self.intermediate_size = hidden_ratio, intermediate_size
         self.norm_eps, self.initializer_range = norm_eps, initializer_range
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        kwargs.pop("num_hidden_layers", None)
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -237,3 +235,7 @@ class GdnConfig(PreTrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.blocks)

@@ -65,6 +65,14 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise
 
 
+def make(kind: Callable[..., T], *args: Any) -> T:
+    """Makes an object of libgdn; it fails only for what it was asked for, so its errors are ValueErrors."""
+    try:
+        return kind(*args)
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
 def legacy(op: str, kwargs: dict[str, Any], state_v_first: bool = False) -> bool:
     """Takes fla's older keywords out of `kwargs`, rejects what is left, and returns state_v_first."""
     if not kwargs:
