@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flash-linear-attention's own models on the CPU through gdn, and its checkpoints in gdn's models, where it is there."""
+"""flash-linear-attention's own models on the CPU through gdn, and its checkpoints in gdn's models, where it is."""
 
 import importlib.util
 import os

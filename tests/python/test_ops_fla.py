@@ -134,6 +134,14 @@ def test_kda(name, lower_bound):
     check(result, loop(**dict(x, g=g)), leaves)
 
 
+def test_the_recurrent_forms_mix_dtypes():
+    x = {n: t.detach().float() for n, t in inputs().items()}
+    low = x["v"].half()
+    o, _ = ops.fused_recurrent_gated_delta_rule(**dict(x, v=low))
+    assert o.dtype == torch.float16
+    torch.testing.assert_close(o, ops.fused_recurrent_gated_delta_rule(**dict(x, v=low.float()))[0].half())
+
+
 def test_delta_rule_without_decay():
     x = inputs()
     del x["g"]

@@ -95,6 +95,14 @@ def chunk_gated_delta_rule(
     return o, wanted(final_state, output_final_state)
 
 
+def _of_one_dtype(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """fla's recurrent forms take q, k and v of different dtypes and return o in that of v."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check(op, **{name: t})
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype), v.dtype
+
+
 def fused_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -122,17 +130,18 @@ def fused_recurrent_gated_delta_rule(
         g: [B,T,HV] or None (no decay); gk: [B,T,HV,K], a decay per key channel; gv: [B,T,HV,V], a decay per value
             channel. Decays multiply, so their logarithms add.
         beta: [B,T,HV] or None (1); [B,T,HV,V] is a write strength per value channel.
-        The rest is as in :func:`chunk_gated_delta_rule`.
+        The rest is as in :func:`chunk_gated_delta_rule`, but that q, k and v may have different dtypes.
 
     Returns:
-        o [B,T,HV,V] in the dtype of q, and the final state (float32, float64 for float64 q) or None.
+        o [B,T,HV,V] in the dtype of v, and the final state (float32, float64 for float64 q) or None.
 
     Raises:
         ValueError, TypeError: as in :func:`chunk_gated_delta_rule`.
     """
     op = "fused_recurrent_gated_delta_rule"
     state_v_first = legacy(op, kwargs, state_v_first)
-    check(op, q=q, k=k, v=v, g=g, gk=gk, gv=gv, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
+    q, k, v, dtype = _of_one_dtype(op, q, k, v)
+    check(op, g=g, gk=gk, gv=gv, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
     check_cu_seqlens(op, cu_seqlens)
     extra = {} if gv is None else {"gv": gv}
     o, final_state = call(
@@ -156,7 +165,7 @@ def fused_recurrent_gated_delta_rule(
         cu_seqlens=cu_seqlens,
         **extra,
     )
-    return o, wanted(final_state, output_final_state)
+    return o.to(dtype), wanted(final_state, output_final_state)
 
 
 def _kda_gate(op: str, g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
@@ -274,14 +283,15 @@ def fused_recurrent_kda(
     """Kimi Delta Attention token by token, with gradients; arguments as in :func:`chunk_kda`.
 
     Returns:
-        o [B,T,HV,V] in the dtype of q, and the final state (float32, float64 for float64 q) or None.
+        o [B,T,HV,V] in the dtype of v, and the final state (float32, float64 for float64 q) or None.
 
     Raises:
         ValueError, TypeError: as in :func:`chunk_gated_delta_rule`.
     """
     op = "fused_recurrent_kda"
     state_v_first = legacy(op, kwargs, state_v_first)
-    check(op, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
+    q, k, v, dtype = _of_one_dtype(op, q, k, v)
+    check(op, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
     check_cu_seqlens(op, cu_seqlens)
     check_rank(op, "g", g, 4, "[B,T,HV,K]")
     if use_gate_in_kernel:
@@ -302,7 +312,7 @@ def fused_recurrent_kda(
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
     )
-    return o, wanted(final_state, output_final_state)
+    return o.to(dtype), wanted(final_state, output_final_state)
 
 
 def chunk_delta_rule(
