@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH_VERSION=2.13.0
 PYTHON_PACKAGES=("torch==${TORCH_VERSION}" "numpy>=1.26" "pytest>=8" "matplotlib>=3.8")
-# Compared with in some Python tests, which are skipped without it.
-PEER_PACKAGES=("transformers==5.23.*")
+# For some Python tests, which are skipped without them: to compare with, and to make a wheel.
+PEER_PACKAGES=("transformers==5.23.*" "scikit-build-core>=0.10")
 LINT_PACKAGES=("clang-format==14.0.6" "ruff>=0.6")
 LOG=.cache/setup.log
 OPTIONAL_TRIED=.cache/setup-optional-tried
@@ -173,7 +173,7 @@ setup_venv() {
     say "installing ${PYTHON_PACKAGES[*]} into .venv"
     pip_install "${PYTHON_PACKAGES[@]}"
     (pip_install "${PEER_PACKAGES[@]}") 2>/dev/null ||
-      say "going on without ${PEER_PACKAGES[*]} (the tests that compare with it are skipped)"
+      say "going on without ${PEER_PACKAGES[*]} (the tests that need them are skipped)"
     : >"$stamp"
   fi
   if [ "$lint" = 1 ]; then

@@ -132,9 +132,11 @@ class BoundCausalLM : public torch::CustomClassHolder {
     return c10::make_intrusive<BoundState>(model_->zero_state(sequences));
   }
 
-  // ids int64 [B,T] -> the final norm's output [B,T,D]; changes `state` where one is given.
-  at::Tensor hidden(const at::Tensor& ids, const OptionalTensor& cu_seqlens,
-                    const std::optional<c10::intrusive_ptr<BoundState>>& state) {
+  // ids int64 [B,T] -> the final norm's output [B,T,D] and, where blocks have one, the sum of their
+  // auxiliary losses; changes `state` where one is given.
+  std::tuple<at::Tensor, OptionalTensor> hidden(
+      const at::Tensor& ids, const OptionalTensor& cu_seqlens,
+      const std::optional<c10::intrusive_ptr<BoundState>>& state) {
     GDN_CHECK(ids.dim() == 2, "[causal_lm] ids must be int64 [B,T], got ", ops::shape_str(ids));
     ModelContext ctx;
     ctx.seqs = sequences_of("causal_lm", cu_seqlens, ids.numel());
@@ -144,7 +146,11 @@ class BoundCausalLM : public torch::CustomClassHolder {
       GDN_CHECK(low >= 0 && high < model_->config().vocab_size, "[causal_lm] ids must be in [0, ",
                 model_->config().vocab_size, "), got ", low < 0 ? low : high);
     }
-    return model_->hidden(ids, ctx);
+    Shared shared;
+    ctx.shared = &shared;
+    at::Tensor x = model_->hidden(ids, ctx);
+    return {std::move(x),
+            shared.auxiliary_loss.defined() ? OptionalTensor(shared.auxiliary_loss) : std::nullopt};
   }
   at::Tensor logits(const at::Tensor& hidden) { return model_->logits(hidden); }
 

@@ -101,7 +101,7 @@ class CausalLM:
     __call__ = forward
 
     def _hidden(self, ids: Tensor, state: State | None, cu_seqlens: Tensor | None = None) -> Tensor:
-        return call(self._impl.hidden, ids, cu_seqlens, None if state is None else state._impl)
+        return call(self._impl.hidden, ids, cu_seqlens, None if state is None else state._impl)[0]
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, state: State) -> Tensor:

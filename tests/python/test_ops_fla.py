@@ -113,6 +113,29 @@ def test_gated_delta_rule(name):
     assert getattr(ops, name)(**x)[1] is None
 
 
+def test_decays_and_strengths_per_channel():
+    x = inputs()
+    gk, gv = (-torch.rand(2, 20, 4, n, dtype=torch.float64) for n in (8, 6))
+    per_value = dict(x, beta=torch.rand(2, 20, 4, 6, dtype=torch.float64, requires_grad=True))
+    for y in (x, per_value):
+        both = loop(**dict(y, g=x["g"][..., None] + gk))
+        check(ops.fused_recurrent_gated_delta_rule(**y, gk=gk, output_final_state=True), both, y.values())
+        all_three = loop(**dict(y, g=x["g"][..., None] + gk), gv=gv)
+        check(ops.fused_recurrent_gated_delta_rule(**y, gk=gk, gv=gv, output_final_state=True), all_three, y.values())
+    packed = {n: t.detach().reshape(1, 40, *t.shape[2:]) for n, t in x.items() if n != "initial_state"}
+    o, s = ops.fused_recurrent_gated_delta_rule(
+        **packed,
+        gv=gv.reshape(1, 40, 4, 6),
+        initial_state=x["initial_state"].mT,
+        state_v_first=True,
+        output_final_state=True,
+        cu_seqlens=torch.tensor([0, 20, 40]),
+    )
+    check((o.view(2, 20, 4, 6), s.mT), loop(**x, gv=gv))
+    with pytest.raises(ValueError, match=r"gv must be \[2, 20, 4, 6\], got \[2, 20, 4, 5\]"):
+        ops.fused_recurrent_gated_delta_rule(**x, gv=gv[..., :5])
+
+
 @pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
 @pytest.mark.parametrize("lower_bound", [None, -3.0, "no A_log"])
 def test_kda(name, lower_bound):

@@ -2,11 +2,13 @@
 """The package gdn: loading the library, its version, and the program in a Python process."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import LIBRARY, ROOT
 
 
@@ -52,3 +54,34 @@ def test_another_minor_version_of_torch_is_refused():
     result = python("-c", code, GDN_LIBRARY=str(LIBRARY))
     assert result.returncode == 1
     assert "this is torch 2.12.1" in result.stderr.splitlines()[-1]
+
+
+def test_what_the_processor_lacks_is_named(tmp_path: Path):
+    code = "import sys, pathlib, gdn._library as l; print(l.lacking_features(pathlib.Path(sys.argv[1])))"
+    old = tmp_path / "cpuinfo"
+    old.write_text("processor\t: 0\nflags\t\t: fpu sse sse2 avx fma\n")
+    assert python("-c", code, str(old)).stdout.strip() == ("['avx2']" if platform.machine() == "x86_64" else "[]")
+    assert python("-c", code, str(tmp_path / "nothing")).stdout.strip() == "[]"
+    warned = "import platform, gdn._library as l; l.lacking_features = lambda: ['avx2']; l.load(l.find_library())"
+    assert "this processor lacks avx2: gdn runs" in python("-c", warned).stderr
+
+
+def test_pip_installs_the_built_library_without_compiling(tmp_path: Path):
+    pytest.importorskip("scikit_build_core")
+    source = tmp_path / "source"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if name.startswith(("python/", "cmake/")) or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    target = tmp_path / "target"
+    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(target)]
+    done = python(*install, f"-Ccmake.define.GDN_PREBUILT={LIBRARY}", str(source))
+    assert done.returncode == 0, done.stderr
+    code = "import gdn, torch; print(gdn.library_path); gdn.ops.l2norm(torch.ones(2, 3))"
+    done = python("-c", code, PYTHONPATH=str(target), GDN_LIBRARY="")
+    assert done.stdout.strip() == str(target / "gdn" / "libgdn.so"), done.stderr
+    script = (target / "bin" / "gdn").read_text()
+    assert "from gdn.__main__ import main" in script
+    version = (ROOT / "VERSION").read_text().strip()
+    assert (target / f"gdn-{version}.dist-info" / "METADATA").is_file()

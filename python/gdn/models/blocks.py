@@ -55,7 +55,7 @@ class GdnForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GdnConfig) -> None:
         super().__init__(config)
-        fields = {key: value for key, value in config.to_dict().items() if key in _FIELDS}
+        fields = {key: value for key, value in config.to_dict().items() if key in config.FIELDS}
         fields["model_type"] = "gdn"
         fields["tie_word_embeddings"] = bool(config.tie_word_embeddings)
         self._impl = make(torch.classes.gdn.CausalLM, "", json.dumps(fields))
@@ -116,21 +116,18 @@ class GdnForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None and cu_seqlens is None:
             past_key_values = EngineCache(self._impl.zero_state(input_ids.shape[0]))
         state = past_key_values.state if use_cache and past_key_values is not None else None
-        hidden = call(self._impl.hidden, input_ids, cu_seqlens, state)
+        hidden, auxiliary = call(self._impl.hidden, input_ids, cu_seqlens, state)
         if state is not None:
             past_key_values.seen_tokens += input_ids.shape[1]
         if labels is None and logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = self._impl.logits(hidden)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        if loss is not None and auxiliary is not None and torch.is_grad_enabled():
+            loss = loss + auxiliary  # balance of experts
         output = CausalLMOutputWithPast(
-            loss=None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
         )
         return output if return_dict in (None, True) else output.to_tuple()
-
-
-_FIELDS = frozenset(
-    "vocab_size hidden_size hidden_ratio intermediate_size norm_eps initializer_range tie_word_embeddings "
-    "max_position_embeddings bos_token_id eos_token_id pad_token_id blocks".split()
-)

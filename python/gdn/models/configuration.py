@@ -205,6 +205,10 @@ class GdnConfig(PreTrainedConfig):
 
     model_type = "gdn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    FIELDS = frozenset(
+        "vocab_size hidden_size hidden_ratio intermediate_size norm_eps initializer_range tie_word_embeddings "
+        "max_position_embeddings bos_token_id eos_token_id pad_token_id blocks".split()
+    )
 
     def __init__(
         self,
@@ -235,6 +239,11 @@ class GdnConfig(PreTrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: only what libgdn knows, which refuses other keys."""
+        known = self.FIELDS | {"model_type", "architectures", "dtype"}
+        return {key: value for key, value in self.to_dict().items() if key in known}
 
     @property
     def num_hidden_layers(self) -> int:

@@ -7,6 +7,7 @@ j // (HV / H)), K and V the sizes of a key and of a value, N sequences (B, or le
     S <- exp(g) S;  u = beta (v - S^T k);  S <- S + k u^T;  o = scale S^T q    (Gated DeltaNet, arXiv 2412.06464)
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def fused_recurrent_gated_delta_rule(
 
     Args:
         g: [B,T,HV] or None (no decay); gk: [B,T,HV,K], a decay per key channel; gv: [B,T,HV,V], a decay per value
-            channel. Decays multiply, so their logarithms add.
+            channel, for which there is no kernel: torch computes it, slowly. Decays multiply, their logarithms add.
         beta: [B,T,HV] or None (1); [B,T,HV,V] is a write strength per value channel.
         The rest is as in :func:`chunk_gated_delta_rule`, but that q, k and v may have different dtypes.
 
@@ -143,7 +144,22 @@ def fused_recurrent_gated_delta_rule(
     q, k, v, dtype = _of_one_dtype(op, q, k, v)
     check(op, g=g, gk=gk, gv=gv, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
     check_cu_seqlens(op, cu_seqlens)
-    extra = {} if gv is None else {"gv": gv}
+    if gv is not None:
+        if use_gate_in_kernel:
+            if A_log is None or g is None:
+                raise ValueError(f"[{op}] use_gate_in_kernel=True needs g and A_log")
+            g = call(_gdn.gdn_gate, g, A_log, dt_bias)
+        if allow_neg_eigval and not use_beta_sigmoid_in_kernel:
+            raise ValueError(f"[{op}] allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
+        if use_beta_sigmoid_in_kernel and beta is not None:
+            beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
+        if use_qk_l2norm_in_kernel:
+            q, k = call(_gdn.l2norm, q), call(_gdn.l2norm, k)
+        if state_v_first and initial_state is not None:
+            initial_state = initial_state.transpose(2, 3)
+        o, final_state = _with_value_decay(op, q, k, v, g, gk, gv, beta, scale, initial_state, cu_seqlens)
+        final_state = final_state.transpose(2, 3).contiguous() if state_v_first else final_state
+        return o.to(dtype), wanted(final_state, output_final_state)
     o, final_state = call(
         _gdn.fused_recurrent_gated_delta_rule,
         q,
@@ -163,9 +179,64 @@ def fused_recurrent_gated_delta_rule(
         allow_neg_eigval=allow_neg_eigval,
         state_v_first=state_v_first,
         cu_seqlens=cu_seqlens,
-        **extra,
     )
     return o.to(dtype), wanted(final_state, output_final_state)
+
+
+def _with_value_decay(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    gv: Tensor,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence with a decay per value channel, which the kernels do not have: token by token in torch."""
+    check_rank(op, "v", v, 4, "[B,T,HV,V]")
+    for name, t, shape in (
+        ("g", g, v.shape[:3]),
+        ("gk", gk, (*v.shape[:3], q.shape[-1])),
+        ("gv", gv, v.shape),
+    ):
+        if t is not None and t.shape != torch.Size(shape):
+            raise ValueError(f"[{op}] {name} must be {list(shape)}, got {list(t.shape)}")
+    if cu_seqlens is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"[{op}] B must be 1 with cu_seqlens, got {q.shape[0]}")
+        outs, states = [], []
+        for n, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            part = (None if t is None else t[:, begin:end] for t in (q, k, v, g, gk, gv, beta))
+            start = None if initial_state is None else initial_state[n : n + 1]
+            o, state = _with_value_decay(op, *part, scale, start, None)
+            outs.append(o)
+            states.append(state)
+        return torch.cat(outs, 1), torch.cat(states)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    groups = v.shape[2] // q.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = (t.to(wide).repeat_interleave(groups, 2) for t in (q, k))
+    decay = torch.zeros((), dtype=wide)
+    for t, layout in ((g, (..., None, None)), (gk, (..., None)), (gv, (..., None, slice(None)))):
+        if t is not None:
+            decay = decay + t.to(wide)[layout]
+    beta = torch.ones_like(v[..., :1]) if beta is None else beta if beta.dim() == 4 else beta[..., None]
+    state = (
+        v.new_zeros((*v.shape[:1], *v.shape[2:3], q.shape[-1], v.shape[-1]), dtype=wide)
+        if initial_state is None
+        else initial_state.to(wide)
+    )
+    outs = [v.new_zeros((v.shape[0], 0, *v.shape[2:]), dtype=wide)]
+    for t in range(v.shape[1]):
+        state = state * decay[:, t].exp()
+        u = beta[:, t].to(wide) * (v[:, t].to(wide) - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+        state = state + k[:, t, :, :, None] * u[:, :, None]
+        outs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t] * scale)[:, None])
+    return torch.cat(outs, 1), state
 
 
 def _kda_gate(op: str, g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
