@@ -17,7 +17,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from gdn._library import find_library, load
+from gdn._load import find_library, load
 
 library_path = find_library()
 _library = load(library_path)

@@ -57,12 +57,12 @@ def test_another_minor_version_of_torch_is_refused():
 
 
 def test_what_the_processor_lacks_is_named(tmp_path: Path):
-    code = "import sys, pathlib, gdn._library as l; print(l.lacking_features(pathlib.Path(sys.argv[1])))"
+    code = "import sys, pathlib, gdn._load as l; print(l.lacking_features(pathlib.Path(sys.argv[1])))"
     old = tmp_path / "cpuinfo"
     old.write_text("processor\t: 0\nflags\t\t: fpu sse sse2 avx fma\n")
     assert python("-c", code, str(old)).stdout.strip() == ("['avx2']" if platform.machine() == "x86_64" else "[]")
     assert python("-c", code, str(tmp_path / "nothing")).stdout.strip() == "[]"
-    warned = "import platform, gdn._library as l; l.lacking_features = lambda: ['avx2']; l.load(l.find_library())"
+    warned = "import platform, gdn._load as l; l.lacking_features = lambda: ['avx2']; l.load(l.find_library())"
     assert "this processor lacks avx2: gdn runs" in python("-c", warned).stderr
 
 
