@@ -351,6 +351,44 @@ def test_step_in_a_pool():
     assert torch.equal(pool[others], before[others])
 
 
+def test_beta_per_value_channel():
+    x = member("scalar", "key", T=40)
+    x["beta"] = torch.rand(2, 40, 4, 5, dtype=torch.float64, requires_grad=True)
+    (q, k, v), rest = ordered(x, "q", "k", "v")
+    o, s, _ = gdn.delta_rule(q, k, v, **rest, output_final_state=True)
+    # One value channel is a recurrence of its own, with a beta per token.
+    for j in range(5):
+        one = dict(
+            x, v=x["v"][..., j : j + 1], beta=x["beta"][..., j], initial_state=x["initial_state"][..., j : j + 1]
+        )
+        expected_o, expected_s = loop(**one)
+        torch.testing.assert_close(o[..., j : j + 1], expected_o, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(s[..., j : j + 1], expected_s, rtol=1e-9, atol=1e-9)
+    grad = torch.randn_like(o)
+    (d_beta,) = torch.autograd.grad(o, x["beta"], grad)
+    naive = gdn.delta_rule(q, k, v, **rest, form="naive")[0]
+    (expected,) = torch.autograd.grad(naive, x["beta"], grad)
+    torch.testing.assert_close(d_beta, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_bf16_states_in_a_pool():
+    x = {name: t.detach().float() for name, t in inputs(B=3, T=1).items()}
+    token = {name: x[name][:, 0] for name in ("q", "k", "v", "g", "beta")}
+    pool = torch.randn(3, 4, 3, 5).bfloat16()
+    exact = pool.float()
+    o = gdn.gated_delta_rule_step_(**token, state=pool)
+    expected = gdn.gated_delta_rule_step_(**token, state=exact)
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pool, exact.bfloat16(), rtol=2**-7, atol=0)
+
+
+def test_step_refuses_gradients():
+    x = inputs(B=1, T=1)
+    token = {name: x[name][:, 0] for name in ("q", "k", "v", "g", "beta")}
+    with pytest.raises(RuntimeError, match="is not differentiable: call it under no_grad"):
+        gdn.gated_delta_rule_step_(**token, state=torch.zeros(1, 4, 3, 5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     x = {name: t.detach() for name, t in inputs(T=70, K=16, V=8).items()}

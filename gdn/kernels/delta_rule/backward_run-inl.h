@@ -172,20 +172,26 @@ struct BackwardByHead {
 // recurrence of the states by panels of values.
 template <typename T>
 struct BackwardTogether {
-  static constexpr int64_t kChunks = 16;  // between two waits for each other
-
-  BackwardTogether(const DeltaRuleParams& params, Carver& carve) : x(params), L(params) {
-    for (int64_t c = 0; c < kChunks; ++c) chunks.emplace_back(params, carve);
-    states = carve.take<T>(kChunks * L.state_size());
-    d_chain = carve.take<T>((kChunks + 1) * L.state_size());
+  BackwardTogether(const DeltaRuleParams& params, Carver& carve)
+      : x(params), L(params), max_chunks(kTogetherTokens / L.C) {
+    chunks.reserve(max_chunks);
+    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve);
+    states = carve.take<T>(max_chunks * L.state_size());
+    d_chain = carve.take<T>((max_chunks + 1) * L.state_size());
     d_states = carve.take<T>(L.group * L.state_size());
   }
 
-  void run(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h,
+  void run(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h0, int64_t h1,
            int64_t saved_offset) {
+    for (int64_t h = h0; h < h1; ++h) head(saved, grads, n, h, saved_offset);
+  }
+
+ private:
+  void head(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h,
+            int64_t saved_offset) {
     const int64_t C = L.C, group = L.group, size = x.K * x.V, first = h * group;
     const auto range = delta_rule::sequence_range(x, n);
-    const int64_t tokens = range.end - range.begin, span = kChunks * C;
+    const int64_t tokens = range.end - range.begin, span = max_chunks * C;
     auto& core = chunks[0].core;
     for (auto& ctx : chunks) ctx.core.clear();
     for (int64_t i = 0; i < group; ++i) {
@@ -228,7 +234,6 @@ struct BackwardTogether {
     }
   }
 
- private:
   // The states before each chunk and the gradients of those after, for panel p of value head hv.
   void panel(int64_t p, const T* saved, int64_t saved_offset, int64_t n, int64_t hv, int64_t i,
              int64_t tokens, int64_t done, int64_t count) {
@@ -263,8 +268,9 @@ struct BackwardTogether {
 
   const DeltaRuleParams& x;
   const Layout<T> L;
+  const int64_t max_chunks;  // between two waits of the threads for each other
   std::vector<ChunkBackward<T>> chunks;
-  T *states, *d_chain, *d_states;  // [kChunks], [kChunks + 1], [group] states
+  T *states, *d_chain, *d_states;  // [max_chunks], [max_chunks + 1], [group] states
 };
 
 }  // namespace HWY_NAMESPACE

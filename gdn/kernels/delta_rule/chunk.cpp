@@ -42,15 +42,27 @@ void share_out(const std::vector<delta_rule::Task>& tasks, MakeWorker make, Work
   });
 }
 
+// Runs the tasks of a plan, each by one thread with a ByHead, or one after the other with a
+// Together.
+template <typename ByHead, typename Together, typename Work>
+void run_plan(const DeltaRuleParams& params, const delta_rule::Plan& plan, Work work) {
+  if (plan.together) {
+    auto worker = make_worker<Together>(params);
+    for (const auto& task : plan.tasks) work(worker, task);
+    return;
+  }
+  share_out(
+      plan.tasks, [&] { return make_worker<ByHead>(params, plan.heads); }, work);
+}
+
 template <typename T>
 void run_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out) {
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
   const Layout<T> L(params);
   const auto plan = delta_rule::forward_plan(params, L.panels, L.state_size() * sizeof(T));
-  share_out(
-      plan.tasks, [&] { return make_worker<Forward<T>>(params, plan.heads); },
-      [&](Forward<T>& worker, const delta_rule::Task& task) {
-        worker.run(out, task.n, task.h0, task.h1, task.p0, task.p1, offsets[task.n]);
+  run_plan<ForwardByHead<T>, ForwardTogether<T>>(
+      params, plan, [&](auto& worker, const delta_rule::Task& task) {
+        worker.run(out, task.n, task.h0, task.h1, offsets[task.n]);
       });
 }
 
@@ -58,21 +70,10 @@ template <typename T>
 void run_backward(const DeltaRuleParams& params, const void* saved, const DeltaRuleGrads& grads) {
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
   const Layout<T> L(params);
-  const auto plan = delta_rule::backward_plan(params, L.state_size() * sizeof(T));
-  const T* kept = static_cast<const T*>(saved);
-  if (plan.together) {
-    auto worker = make_worker<BackwardTogether<T>>(params);
-    for (const auto& task : plan.tasks) {
-      for (int64_t h = task.h0; h < task.h1; ++h) {
-        worker.run(kept, grads, task.n, h, offsets[task.n]);
-      }
-    }
-    return;
-  }
-  share_out(
-      plan.tasks, [&] { return make_worker<BackwardByHead<T>>(params, plan.heads); },
-      [&](BackwardByHead<T>& worker, const delta_rule::Task& task) {
-        worker.run(kept, grads, task.n, task.h0, task.h1, offsets[task.n]);
+  const auto plan = delta_rule::backward_plan(params, L.panels, L.state_size() * sizeof(T));
+  run_plan<BackwardByHead<T>, BackwardTogether<T>>(
+      params, plan, [&](auto& worker, const delta_rule::Task& task) {
+        worker.run(static_cast<const T*>(saved), grads, task.n, task.h0, task.h1, offsets[task.n]);
       });
 }
 

@@ -27,6 +27,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Rows of a sub-block in the scores of a channel gate; every chunk size is a multiple of it.
 inline constexpr size_t kSub = 16;
 
+// Tokens that all threads work on together before they wait for each other.
+inline constexpr int64_t kTogetherTokens = 512;
+
 // Rows i of y = x_i * table_i * s_i; the table holds one factor per row, or one per element
 // (channel gate). Null table or s means 1.
 template <typename T>
@@ -441,60 +444,52 @@ struct Core {
     }
   }
 
-  // Rows [0, n) of values into panels [p0, p1), zero below: row i of panel p goes to
-  // dst + p * stride + i * PW. Whole rows at a time, because tokens lie HV * V elements apart in
-  // memory.
+  // Rows [0, n) of values into panels, zero below: row i of panel p goes to dst + p * stride + i *
+  // PW. Whole rows at a time, because tokens lie HV * V elements apart in memory.
   void load_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv, T* dst,
                    size_t stride) const {
     const Tag<T> d;
-    const size_t begin = p0 * L.PW, end = std::min(L.V, p1 * L.PW);
+    // Whole panels come from where they lie, the rest by way of a padded row.
+    const size_t direct = dtype == kDTypeOf<T> ? L.V / L.PW : 0, rest = direct * L.PW;
     for (size_t i = 0; i < n; ++i) {
       const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
-      const T* from = row;
-      size_t direct = 0;  // whole panels can come from where they lie
-      if (dtype == kDTypeOf<T>) {
-        from = static_cast<const T*>(src) + at;
-        direct = (end - begin) / L.PW;
-      }
-      for (size_t p = p0; p < p0 + direct; ++p) {
+      for (size_t p = 0; p < direct; ++p) {
+        const T* from = static_cast<const T*>(src) + at + p * L.PW;
         for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
-          hn::Store(hn::LoadU(d, from + p * L.PW + j), d, dst + p * stride + i * L.PW + j);
+          hn::Store(hn::LoadU(d, from + j), d, dst + p * stride + i * L.PW + j);
         }
       }
-      const size_t rest = begin + direct * L.PW;
-      if (rest == end) continue;
-      load_row(dtype, src, at + rest, end - rest, row + rest);
-      for (size_t p = p0 + direct; p < p1; ++p) {
+      if (direct == L.panels) continue;
+      load_row(dtype, src, at + rest, L.V - rest, row + rest);
+      for (size_t p = direct; p < L.panels; ++p) {
         for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
           hn::Store(hn::Load(d, row + p * L.PW + j), d, dst + p * stride + i * L.PW + j);
         }
       }
     }
-    for (size_t p = p0; p < p1; ++p) {
+    for (size_t p = 0; p < L.panels; ++p) {
       std::fill(dst + p * stride + n * L.PW, dst + p * stride + L.C * L.PW, T(0));
     }
   }
   void store_values(DType dtype, void* dst, int64_t t0, size_t n, int64_t hv, const T* src,
                     size_t stride) const {
     const Tag<T> d;
-    const size_t begin = p0 * L.PW, end = std::min(L.V, p1 * L.PW);
+    const size_t direct = dtype == kDTypeOf<T> ? L.V / L.PW : 0, rest = direct * L.PW;
     for (size_t i = 0; i < n; ++i) {
       const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
-      const size_t direct = dtype == kDTypeOf<T> ? (end - begin) / L.PW : 0;
-      for (size_t p = p0; p < p0 + direct; ++p) {
+      for (size_t p = 0; p < direct; ++p) {
         T* to = static_cast<T*>(dst) + at + p * L.PW;
         for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
           hn::StoreU(hn::Load(d, src + p * stride + i * L.PW + j), d, to + j);
         }
       }
-      const size_t rest = begin + direct * L.PW;
-      if (rest == end) continue;
-      for (size_t p = p0 + direct; p < p1; ++p) {
+      if (direct == L.panels) continue;
+      for (size_t p = direct; p < L.panels; ++p) {
         for (size_t j = 0; j < L.columns(p); j += hn::Lanes(d)) {
           hn::Store(hn::Load(d, src + p * stride + i * L.PW + j), d, out_row + p * L.PW + j);
         }
       }
-      store_row(dtype, dst, at + rest, end - rest, out_row + rest);
+      store_row(dtype, dst, at + rest, L.V - rest, out_row + rest);
     }
   }
 
@@ -525,19 +520,20 @@ struct Core {
     });
   }
 
-  // Panels [p0, p1) of states: [K][V] outside, panels inside.
+  // States: [K][V] outside, panels inside. Row after row, as they lie outside.
   void load_state(const T* src, T* state) const {
-    std::fill(state + p0 * L.Kp * L.PW, state + p1 * L.Kp * L.PW, T(0));
-    if (src == nullptr) return;
-    for (size_t p = p0; p < p1; ++p) {
-      for (size_t i = 0; i < L.K; ++i) {
+    if (src == nullptr || L.Kp > L.K || L.valid(L.panels - 1) < L.PW) {
+      std::fill_n(state, L.state_size(), T(0));
+    }
+    for (size_t i = 0; i < L.K && src != nullptr; ++i) {
+      for (size_t p = 0; p < L.panels; ++p) {
         std::copy_n(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
       }
     }
   }
   void store_state(const T* state, T* dst) const {
-    for (size_t p = p0; p < p1; ++p) {
-      for (size_t i = 0; i < L.K; ++i) {
+    for (size_t i = 0; i < L.K; ++i) {
+      for (size_t p = 0; p < L.panels; ++p) {
         std::copy_n(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
       }
     }
@@ -548,8 +544,7 @@ struct Core {
     ahead.add(src, size_of(x.dtype), (t0 * x.H + h) * x.K, x.H * x.K, x.K, n);
   }
   void expect_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv) {
-    const int64_t begin = p0 * L.PW, end = std::min<int64_t>(x.V, p1 * L.PW);
-    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V + begin, x.HV * x.V, end - begin, n);
+    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V, x.HV * x.V, x.V, n);
   }
 
   // next = E_n * state + (w Eh)^T values, one panel; next may be state.
@@ -561,7 +556,6 @@ struct Core {
 
   const DeltaRuleParams& x;
   const Layout<T> L;
-  size_t p0 = 0, p1 = L.panels;  // the panels of values that are worked on
   Prefetcher ahead;
   T* bq;          // [2C][Kp] erase keys, then queries
   T *w, *wT;      // [W][C][Kp] write keys (merged with a = k: the erase keys), [Kp][C] one of them

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form forward for some value heads of one sequence. Include inside the foreach_target
-// pattern.
+// The chunk form forward: by value heads where there are enough of them for the threads, else all
+// threads on one head. Both give the same bits. Include inside the foreach_target pattern.
 #if defined(GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
 #undef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
@@ -8,115 +8,45 @@
 #define GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
 #endif
 
+#include <vector>
+
+#include "gdn/base/parallel.h"
 #include "gdn/kernels/delta_rule/core-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
+// One chunk of one value head: prepare; panel for each panel; store.
 template <typename T>
-struct Forward {
-  // `heads`: how many value heads a task may have.
-  Forward(const DeltaRuleParams& params, int64_t heads, Carver& carve) : core(params, carve) {
+struct ChunkForward {
+  ChunkForward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
-    states = carve.take<T>(heads * L.state_size());
     outputs = carve.take<T>(L.panels * L.C * L.PW);
     values = carve.take<T>(L.panels * L.W * L.C * L.PW);
     if (params.beta != nullptr) rests = carve.take<T>(L.panels * L.C * L.PW);
   }
 
-  // Value heads [hv0, hv1) of sequence n, panels [p0, p1) of their values. The heads go through the
-  // chunks together: their rows are neighbours in memory, so pages are looked up once for all.
-  void run(const DeltaRuleOutputs& out, int64_t n, int64_t hv0, int64_t hv1, size_t p0, size_t p1,
-           int64_t saved_offset) {
-    const auto& x = core.x;
-    const int64_t C = core.L.C, size = x.K * x.V;
-    const auto range = delta_rule::sequence_range(x, n);
-    const int64_t segment = delta_rule::segment(x);
-    const int64_t stored = delta_rule::saved_states(x, range.end - range.begin);
-    T* saved_values = x.erase == DeltaErase::kNone ? nullptr : static_cast<T*>(out.saved);
-    T* saved = static_cast<T*>(out.saved);
-    core.p0 = p0;
-    core.p1 = p1;
-    core.clear();
-    const T* initial = static_cast<const T*>(x.initial_state);
-    for (int64_t hv = hv0; hv < hv1; ++hv) {
-      core.load_state(initial != nullptr ? initial + (n * x.HV + hv) * size : nullptr,
-                      state(hv - hv0));
-    }
-    for (int64_t t = range.begin; t < range.end; t += C) {
-      const int64_t done = t - range.begin, left = range.end - t;
-      for (int64_t hv = hv0; hv < hv1; ++hv) {
-        if (saved != nullptr && done > 0 && done % segment == 0) {
-          const int64_t index = hv * stored + done / segment - 1;
-          core.store_state(state(hv - hv0), saved + saved_offset + index * size);
-        }
-        core.ahead.clear();
-        if (left > C) {
-          expect(out, saved_values, t + C, std::min(C, left - C), hv);
-        } else if (hv + 1 < hv1 && done == 0) {
-          expect(out, saved_values, t, left, hv + 1);
-        }
-        const bool last = left <= C && out.final_state == nullptr;
-        chunk(out, saved_values, t, std::min(C, left), hv, state(hv - hv0), last);
-      }
-    }
-    if (out.final_state == nullptr) return;
-    for (int64_t hv = hv0; hv < hv1; ++hv) {
-      core.store_state(state(hv - hv0), static_cast<T*>(out.final_state) + (n * x.HV + hv) * size);
-    }
-  }
-
- private:
-  // Pieces that the depth of the reads is cut into, for some prefetches between.
-  size_t blocks() const { return core.L.Kp % 64 == 0 ? core.L.Kp / 32 : 1; }
-  T* state(int64_t i) const { return states + i * core.L.state_size(); }
-
-  void chunk(const DeltaRuleOutputs& out, T* saved_values, int64_t t, size_t count, int64_t hv,
-             T* s, bool last) {
+  void prepare(int64_t t, size_t count, int64_t hv) {
     const auto& x = core.x;
     const auto& L = core.L;
-    const size_t C = L.C, half = C * L.PW, stride = L.W * half;
+    const size_t half = L.C * L.PW;
     core.load_keys(t, count, hv / L.group);
     core.load_gate(t, count, hv);
     core.decay_readers();
     core.scores();
-    core.load_values(x.dtype, x.v, t, count, hv, values + (L.W - 1) * half, stride);
+    core.load_values(x.dtype, x.v, t, count, hv, values + (L.W - 1) * half, L.W * half);
     core.load_betas(t, count, hv);
-    const bool keep_rests = saved_values != nullptr && x.beta != nullptr;
-    for (size_t p = core.p0; p < core.p1; ++p) {
-      T *value = values + p * stride, *sp = s + p * L.Kp * L.PW;
-      panel(p, sp, value, keep_rests ? rests + p * half : nullptr, outputs + p * half);
-      if (!last) core.advance_state(p, value, sp, sp);
-    }
-    core.store_values(x.dtype, out.o, t, count, hv, outputs, half);
-    if (keep_rests) {
-      core.store_values(kDTypeOf<T>, saved_values, t, count, hv, rests, half);
-    } else if (saved_values != nullptr) {
-      core.store_values(kDTypeOf<T>, saved_values, t, count, hv, values, stride);
-    }
   }
 
-  // What the next chunk, of n tokens from t, will touch.
-  void expect(const DeltaRuleOutputs& out, const T* saved_values, int64_t t, int64_t n,
-              int64_t hv) {
-    const auto& x = core.x;
-    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
-    core.expect_values(x.dtype, x.v, t, n, hv);
-    core.expect_values(x.dtype, out.o, t, n, hv);
-    core.expect_values(kDTypeOf<T>, saved_values, t, n, hv);
-    const auto& L = core.L;
-    core.ahead.spread((core.p1 - core.p0) *
-                      ((2 * L.C - L.first) * blocks() + L.Kp * L.W * L.C / kSub) / kTileRows);
-  }
-
-  // On entry `value` holds V (separate form: in its second half); on return U, and V behind it in
-  // the separate form. `rest` (or null) becomes U without beta, `output` O.
-  void panel(size_t p, const T* s, T* value, T* rest, T* output) {
+  // Panel p of the values: from V to U (and V behind it in the separate form), and of the outputs.
+  // The state s moves on to the end of the chunk with `advance`.
+  void panel(size_t p, bool advance, T* s) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, columns = L.columns(p), ld = L.W * C;
     const auto between = [this]() HWY_ATTR { core.ahead.some_lines(); };
     const Depth depth{Kp / blocks(), blocks(), Kp / blocks(), Kp / blocks() * PW};
+    T *value = values + p * L.W * C * PW, *output = outputs + p * C * PW;
     if (core.x.erase == DeltaErase::kSeparate) {
       gemm<false>(FromTriangle<T, false>{core.Z + C, ld, value + C * PW, PW, C}, C, columns, depth,
                   core.bqE, Kp, s, PW, value, PW, between);
@@ -124,6 +54,7 @@ struct Forward {
       gemm<false>(FromMatrix<T>{value, PW}, C, columns, depth, core.bqE, Kp, s, PW, value, PW,
                   between);
     }
+    T* rest = core.x.beta != nullptr ? rests + p * C * PW : nullptr;
     if (L.first == 0) {
       core.with_beta(p, [&](auto factors) HWY_ATTR {
         solve_lower(C, columns, core.Z, ld, factors, value, PW, rest);
@@ -136,16 +67,176 @@ struct Forward {
     if (core.x.erase == DeltaErase::kSeparate) {
       gemm_lower(C, columns, core.Z + C * ld + C, ld, value + C * PW, PW, output, PW);
     }
+    if (advance) core.advance_state(p, value, s, s);
   }
 
- public:
-  Core<T> core;
+  void store(const DeltaRuleOutputs& out, int64_t t, size_t count, int64_t hv) const {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const size_t half = L.C * L.PW;
+    core.store_values(x.dtype, out.o, t, count, hv, outputs, half);
+    if (out.saved == nullptr || x.erase == DeltaErase::kNone) return;
+    if (x.beta != nullptr) {
+      core.store_values(kDTypeOf<T>, out.saved, t, count, hv, rests, half);
+    } else {
+      core.store_values(kDTypeOf<T>, out.saved, t, count, hv, values, L.W * half);
+    }
+  }
 
- private:
-  T* states;           // [heads][panels][Kp][PW]
+  // What the next chunk, of n tokens from t, will touch.
+  void expect(const DeltaRuleOutputs& out, int64_t t, int64_t n, int64_t hv) {
+    const auto& x = core.x;
+    const auto& L = core.L;
+    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, hv / L.group);
+    core.expect_values(x.dtype, x.v, t, n, hv);
+    core.expect_values(x.dtype, out.o, t, n, hv);
+    if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, out.saved, t, n, hv);
+    core.ahead.spread(L.panels * ((2 * L.C - L.first) * blocks() + L.Kp * L.W * L.C / kSub) /
+                      kTileRows);
+  }
+
+  // Pieces that the depth of the reads is cut into, for some prefetches between.
+  size_t blocks() const { return core.L.Kp % 64 == 0 ? core.L.Kp / 32 : 1; }
+
+  Core<T> core;
   T* outputs;          // [panels][C][PW]
   T* values;           // [panels][W C][PW]
   T* rests = nullptr;  // [panels][C][PW] values without beta
+};
+
+// One thread on some value heads of a sequence.
+template <typename T>
+struct ForwardByHead {
+  ForwardByHead(const DeltaRuleParams& params, int64_t heads, Carver& carve) : ctx(params, carve) {
+    states = carve.take<T>(heads * ctx.core.L.state_size());
+  }
+
+  // Value heads [h0, h1), which go through the chunks together: their rows are neighbours in
+  // memory, so pages are looked up once for all.
+  void run(const DeltaRuleOutputs& out, int64_t n, int64_t h0, int64_t h1, int64_t saved_offset) {
+    auto& core = ctx.core;
+    const auto& x = core.x;
+    const auto& L = core.L;
+    const int64_t C = L.C, size = x.K * x.V;
+    const auto range = delta_rule::sequence_range(x, n);
+    const int64_t segment = delta_rule::segment(x);
+    const int64_t stored = delta_rule::saved_states(x, range.end - range.begin);
+    T* saved = static_cast<T*>(out.saved);
+    core.clear();
+    const T* initial = static_cast<const T*>(x.initial_state);
+    for (int64_t h = h0; h < h1; ++h) {
+      core.load_state(initial != nullptr ? initial + (n * x.HV + h) * size : nullptr,
+                      state(h - h0));
+    }
+    for (int64_t t = range.begin; t < range.end; t += C) {
+      const int64_t done = t - range.begin, left = range.end - t;
+      for (int64_t h = h0; h < h1; ++h) {
+        T* s = state(h - h0);
+        if (saved != nullptr && done > 0 && done % segment == 0) {
+          core.store_state(s, saved + saved_offset + (h * stored + done / segment - 1) * size);
+        }
+        core.ahead.clear();
+        if (left > C) {
+          ctx.expect(out, t + C, std::min(C, left - C), h);
+        } else if (h + 1 < h1 && done == 0) {
+          ctx.expect(out, t, left, h + 1);
+        }
+        const int64_t count = std::min(C, left);
+        const bool advance = left > C || out.final_state != nullptr;
+        ctx.prepare(t, count, h);
+        for (size_t p = 0; p < L.panels; ++p) ctx.panel(p, advance, s + p * L.Kp * L.PW);
+        ctx.store(out, t, count, h);
+      }
+    }
+    if (out.final_state == nullptr) return;
+    for (int64_t h = h0; h < h1; ++h) {
+      core.store_state(state(h - h0), static_cast<T*>(out.final_state) + (n * x.HV + h) * size);
+    }
+  }
+
+ private:
+  T* state(int64_t i) const { return states + i * ctx.core.L.state_size(); }
+
+  ChunkForward<T> ctx;
+  T* states;  // [heads][panels][Kp][PW]
+};
+
+// All threads on one value head: what belongs to a chunk alone is shared out by chunks, the
+// recurrence of the states by panels of values.
+template <typename T>
+struct ForwardTogether {
+  ForwardTogether(const DeltaRuleParams& params, Carver& carve)
+      : x(params), L(params), max_chunks(kTogetherTokens / L.C) {
+    chunks.reserve(max_chunks);
+    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve);
+    state = carve.take<T>(L.state_size());
+  }
+
+  void run(const DeltaRuleOutputs& out, int64_t n, int64_t h0, int64_t h1, int64_t saved_offset) {
+    for (int64_t h = h0; h < h1; ++h) head(out, n, h, saved_offset);
+  }
+
+ private:
+  struct Span {  // tokens [begin, end) in `chunks` chunks
+    int64_t begin, end, chunks;
+  };
+  Span span_from(int64_t begin, int64_t end) const {
+    end = std::min<int64_t>(end, begin + kTogetherTokens);
+    const int64_t C = L.C;
+    return {begin, end, std::max<int64_t>(0, (end - begin + C - 1) / C)};
+  }
+
+  void head(const DeltaRuleOutputs& out, int64_t n, int64_t h, int64_t saved_offset) {
+    const int64_t C = L.C, size = x.K * x.V;
+    const auto range = delta_rule::sequence_range(x, n);
+    const T* initial = static_cast<const T*>(x.initial_state);
+    for (auto& ctx : chunks) ctx.core.clear();
+    auto& core = chunks[0].core;
+    core.load_state(initial != nullptr ? initial + (n * x.HV + h) * size : nullptr, state);
+    const auto rows = [&](const Span& span, int64_t c) {
+      return std::min(C, span.end - span.begin - c * C);
+    };
+    Span span{range.begin, range.begin, 0};
+    while (true) {  // stores one span and prepares the next, then takes the states through it
+      const Span next = span_from(span.end, range.end);
+      parallel_for(0, std::max(span.chunks, next.chunks), 1, [&](int64_t from, int64_t to) {
+        for (int64_t c = from; c < to; ++c) {
+          if (c < span.chunks) chunks[c].store(out, span.begin + c * C, rows(span, c), h);
+          if (c < next.chunks) chunks[c].prepare(next.begin + c * C, rows(next, c), h);
+        }
+      });
+      if (next.chunks == 0) break;
+      span = next;
+      parallel_for(0, L.panels, 1, [&](int64_t from, int64_t to) {
+        for (int64_t p = from; p < to; ++p) panel(p, out, span, range, h, saved_offset);
+      });
+    }
+    if (out.final_state != nullptr) {
+      core.store_state(state, static_cast<T*>(out.final_state) + (n * x.HV + h) * size);
+    }
+  }
+
+  void panel(size_t p, const DeltaRuleOutputs& out, const Span& span,
+             const delta_rule::TokenRange& range, int64_t h, int64_t saved_offset) {
+    const int64_t segment = delta_rule::segment(x), size = x.K * x.V, C = L.C;
+    const int64_t stored = delta_rule::saved_states(x, range.end - range.begin);
+    T* s = state + p * L.Kp * L.PW;
+    for (int64_t c = 0; c < span.chunks; ++c) {
+      const int64_t t = span.begin + c * C, done = t - range.begin;
+      if (out.saved != nullptr && done > 0 && done % segment == 0) {
+        T* to = static_cast<T*>(out.saved) + saved_offset +
+                (h * stored + done / segment - 1) * size + p * L.PW;
+        for (size_t i = 0; i < L.K; ++i) copy_row(s + i * L.PW, L.valid(p), to + i * L.V);
+      }
+      chunks[c].panel(p, t + C < range.end || out.final_state != nullptr, s);
+    }
+  }
+
+  const DeltaRuleParams& x;
+  const Layout<T> L;
+  const int64_t max_chunks;  // between two waits of the threads for each other
+  std::vector<ChunkForward<T>> chunks;
+  T* state;  // [panels][Kp][PW]
 };
 
 }  // namespace HWY_NAMESPACE

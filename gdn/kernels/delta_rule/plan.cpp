@@ -12,7 +12,7 @@ namespace {
 
 // What the states of a task may take of a core's L2. Heads that go through a sequence together
 // share its pages and lines, but their states leave L1 between chunks.
-constexpr size_t kStateBytes = 512 << 10;
+constexpr size_t kStateBytes = 640 << 10;
 constexpr int64_t kMaxHeads = 4;
 
 struct Lengths {
@@ -27,15 +27,12 @@ struct Lengths {
     if (!order.empty()) longest = static_cast<double>(length(order[0]));
     equal = longest * static_cast<double>(x.num_sequences) == static_cast<double>(x.total_tokens);
   }
-  // Tokens that the busiest of `threads` goes through, a sequence being `heads` times `parts`
-  // tasks.
-  double busiest(const DeltaRuleParams& x, int64_t heads, int64_t threads,
-                 int64_t parts = 1) const {
-    const double part = longest / static_cast<double>(parts);
+  // Tokens that the busiest of `threads` goes through, with `heads` tasks per sequence.
+  double busiest(const DeltaRuleParams& x, int64_t heads, int64_t threads) const {
     const double share = static_cast<double>(x.total_tokens * heads) / static_cast<double>(threads);
-    if (!equal) return std::max(part, share);
-    const int64_t tasks = x.num_sequences * heads * parts;
-    return part * static_cast<double>((tasks + threads - 1) / threads);
+    if (!equal) return std::max(longest, share);
+    const int64_t tasks = x.num_sequences * heads;
+    return longest * static_cast<double>((tasks + threads - 1) / threads);
   }
   std::vector<int64_t> order;  // sequences, longest first
   double longest = 0;
@@ -52,56 +49,38 @@ int64_t heads_per_task(const DeltaRuleParams& x, int64_t heads, size_t bytes, in
   return 1;
 }
 
-std::vector<Task> cut(const Lengths& lengths, int64_t heads, int64_t per_task, size_t panels,
-                      size_t parts) {
-  std::vector<Task> tasks;
-  tasks.reserve(lengths.order.size() * static_cast<size_t>(heads) * parts);
+// `by_panels`: the part of the work that threads on one head share out by panels.
+Plan make_plan(const DeltaRuleParams& x, int64_t heads, size_t bytes, size_t panels,
+               double by_panels) {
+  const Lengths lengths(x);
+  const int64_t threads = num_threads();
+  const double all = static_cast<double>(threads);
+  const double rows = std::min(all, static_cast<double>(panels));
+  // With a price for waiting; shorter sequences do not pay it.
+  constexpr double kWaiting = 1.15, kLong = 512;
+  const double together = kWaiting * static_cast<double>(x.total_tokens * heads) *
+                          (by_panels / rows + (1.0 - by_panels) / all);
+  Plan plan;
+  plan.together = lengths.longest >= kLong && together < lengths.busiest(x, heads, threads);
+  plan.heads = plan.together ? heads : heads_per_task(x, heads, bytes, threads);
+  plan.tasks.reserve(lengths.order.size() * static_cast<size_t>(heads));
   for (const int64_t n : lengths.order) {
-    for (int64_t h = 0; h < heads; h += per_task) {
-      for (size_t i = 0; i < parts; ++i) {
-        tasks.push_back(
-            {n, h, std::min(heads, h + per_task), panels * i / parts, panels * (i + 1) / parts});
-      }
+    for (int64_t h = 0; h < heads; h += plan.heads) {
+      plan.tasks.push_back({n, h, std::min(heads, h + plan.heads)});
     }
   }
-  return tasks;
+  return plan;
 }
 
 }  // namespace
 
 Plan forward_plan(const DeltaRuleParams& x, size_t panels, size_t state_bytes) {
-  const Lengths lengths(x);
-  const int64_t threads = num_threads();
-  // Each part of the values computes the scores again, about a tenth of a whole head's work.
-  constexpr double kAgain = 0.1;
-  size_t parts = 1;
-  double best = lengths.busiest(x, x.HV, threads);
-  for (size_t i = 2; i <= panels && threads > 1; ++i) {
-    const double again = 1.0 + kAgain * static_cast<double>(i - 1);
-    const double busiest = again * lengths.busiest(x, x.HV, threads, static_cast<int64_t>(i));
-    if (busiest < 0.95 * best) {
-      best = busiest;
-      parts = i;
-    }
-  }
-  Plan plan;
-  plan.heads = parts > 1 ? 1 : heads_per_task(x, x.HV, state_bytes, threads);
-  plan.tasks = cut(lengths, x.HV, plan.heads, panels, parts);
-  return plan;
+  return make_plan(x, x.HV, state_bytes, panels, 0.8);
 }
 
-Plan backward_plan(const DeltaRuleParams& x, size_t state_bytes) {
-  const Lengths lengths(x);
-  const int64_t threads = num_threads(), group = x.HV / x.H;
-  const double share = lengths.busiest(x, x.H, 1) / static_cast<double>(threads);
-  // Too short for the waiting to pay.
-  constexpr double kLong = 256;
-  Plan plan;
-  plan.together = lengths.longest >= kLong && lengths.busiest(x, x.H, threads) > 1.25 * share;
-  const size_t states = static_cast<size_t>(segment(x) / chunk_size(x) + 1) * group;
-  plan.heads = plan.together ? x.H : heads_per_task(x, x.H, state_bytes * states, threads);
-  plan.tasks = cut(lengths, x.H, plan.heads, 1, 1);
-  return plan;
+Plan backward_plan(const DeltaRuleParams& x, size_t panels, size_t state_bytes) {
+  const int64_t states = segment(x) / chunk_size(x) + 1;
+  return make_plan(x, x.H, state_bytes * static_cast<size_t>(states * (x.HV / x.H)), panels, 0.4);
 }
 
 }  // namespace gdn::delta_rule

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a call of the chunk form is cut into tasks for threads. The cut never changes a result: heads
-// and panels of values do not add up across tasks.
+// do not add up across tasks.
 #pragma once
 
 #include <cstddef>
@@ -11,20 +11,19 @@
 
 namespace gdn::delta_rule {
 
-// Heads [h0, h1) of sequence n; panels [p0, p1) of their values.
+// Heads [h0, h1) of sequence n.
 struct Task {
   int64_t n, h0, h1;
-  size_t p0, p1;
 };
 
 struct Plan {
   std::vector<Task> tasks;  // longest first
   int64_t heads = 1;        // of a task at most
-  bool together = false;    // backward: all threads on one head at a time
+  bool together = false;    // all threads on one head at a time, tasks one after the other
 };
 
-// `panels` of values and `state_bytes` of one value head.
+// Value heads forward, key heads backward; `panels` of values and `state_bytes` of one value head.
 Plan forward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);
-Plan backward_plan(const DeltaRuleParams& params, size_t state_bytes);
+Plan backward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);
 
 }  // namespace gdn::delta_rule

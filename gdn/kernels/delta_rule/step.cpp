@@ -7,6 +7,8 @@
 // clang-format off: foreach_target.h includes this file once per target and must come first.
 #include "hwy/foreach_target.h"
 // clang-format on
+#include <cstring>
+
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/delta_rule/scratch.h"
 #include "gdn/kernels/delta_rule/token-inl.h"
@@ -37,53 +39,62 @@ HWY_INLINE void store_as(D d, hn::Vec<D> v, HardwareBf16* p) {
 }
 #endif
 
-// Rows of a state that are handled at a time. A state streams by row after row, as prefetchers like
-// it, once to be read and once, mostly from L2, to be updated. Cutting it into blocks of columns
-// that stay in L1 was half as fast: rows 512 bytes apart fall into an eighth of L1's sets.
-inline constexpr size_t kStepRows = 4;
+// Vectors of columns whose sums stay in registers while a state streams by, row after row: with
+// AVX-512 a whole row of 128 columns. A state is read from its first row to its last, and updated
+// from the last to the first, for what was read last is still in L1 (a state of 128 x 128 is twice
+// as large). Blocks of columns that would fit into L1 do not: their rows, 512 bytes apart, fall
+// into a fraction of its sets.
+#if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
+inline constexpr size_t kStepVectors = 8;
+#else
+inline constexpr size_t kStepVectors = 4;
+#endif
 
-// r += S^T erase and y += S^T query for kRows rows of S, `ld` apart.
-template <size_t kRows, bool kErase, typename T, typename S>
-HWY_INLINE void read_rows(const S* HWY_RESTRICT s, size_t ld, size_t columns, const T* erase,
-                          const T* query, T* HWY_RESTRICT r, T* HWY_RESTRICT y) {
+// r = S^T erase and y = S^T query for kVectors vectors of columns; S has K rows `ld` apart.
+template <size_t kVectors, bool kErase, typename T, typename S>
+HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
+                          size_t column) {
   const Tag<T> d;
-  hn::Vec<Tag<T>> q[kRows], a[kRows];
-  for (size_t i = 0; i < kRows; ++i) {
-    q[i] = hn::Set(d, query[i]);
-    a[i] = hn::Set(d, kErase ? erase[i] : T(0));
-  }
-  for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
-    auto ys = hn::Load(d, y + j), rs = hn::Load(d, r + j);
-    for (size_t i = 0; i < kRows; ++i) {
-      const auto x = load_as(d, s + i * ld + j);
-      ys = hn::MulAdd(q[i], x, ys);
-      if constexpr (kErase) rs = hn::MulAdd(a[i], x, rs);
+  const size_t n = hn::Lanes(d);
+  hn::Vec<Tag<T>> r[kVectors], y[kVectors];
+  for (size_t j = 0; j < kVectors; ++j) r[j] = y[j] = hn::Zero(d);
+  const T *query = token.query, *erase = token.erase;
+  for (size_t i = 0; i < K; ++i) {
+    const auto q = hn::Set(d, query[i]), a = hn::Set(d, kErase ? erase[i] : T(0));
+    for (size_t j = 0; j < kVectors; ++j) {
+      const auto x = load_as(d, s + i * ld + j * n);
+      y[j] = hn::MulAdd(q, x, y[j]);
+      if constexpr (kErase) r[j] = hn::MulAdd(a, x, r[j]);
     }
-    hn::Store(ys, d, y + j);
-    if constexpr (kErase) hn::Store(rs, d, r + j);
+  }
+  for (size_t j = 0; j < kVectors; ++j) {
+    hn::Store(r[j], d, token.r + column + j * n);
+    hn::Store(y[j], d, token.y + column + j * n);
   }
 }
 
-// S <- decay S + k u^T (+ p r^T) for kRows rows; as many bytes are fetched from `next` on, unless
-// it is null.
-template <size_t kRows, bool kSeparate, typename T, typename S>
-HWY_INLINE void update_rows(S* HWY_RESTRICT s, size_t ld, size_t columns, const Token<T>& token,
-                            size_t row, size_t column, const S* next) {
+// S <- decay S + k u^T (+ p r^T), and the same columns of the state at `next` are fetched to L2.
+template <size_t kVectors, bool kSeparate, bool kFetch, typename T, typename S>
+HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
+                            size_t column, const S* next) {
   const Tag<T> d;
-  hn::Vec<Tag<T>> decay[kRows], k[kRows], p[kRows];
-  for (size_t i = 0; i < kRows; ++i) {
-    decay[i] = hn::Set(d, token.decay[row + i]);
-    k[i] = hn::Set(d, token.k[row + i]);
-    p[i] = hn::Set(d, kSeparate ? token.p[row + i] : T(0));
+  const size_t n = hn::Lanes(d);
+  hn::Vec<Tag<T>> u[kVectors], r[kVectors];
+  for (size_t j = 0; j < kVectors; ++j) {
+    u[j] = hn::Load(d, token.v + column + j * n);
+    r[j] = kSeparate ? hn::Load(d, token.r + column + j * n) : hn::Zero(d);
   }
-  const T *u = token.v + column, *r = token.r + column;
-  for (size_t j = 0; j < columns; j += hn::Lanes(d)) {
-    const auto us = hn::Load(d, u + j), rs = hn::Load(d, r + j);
-    for (size_t i = 0; i < kRows; ++i) {
-      auto x = hn::MulAdd(k[i], us, hn::Mul(decay[i], load_as(d, s + i * ld + j)));
-      if constexpr (kSeparate) x = hn::MulAdd(p[i], rs, x);
-      store_as(d, x, s + i * ld + j);
-      if (next != nullptr) __builtin_prefetch(next + i * ld + j, 0, 2);
+  for (size_t i = K; i-- > 0;) {
+    if constexpr (kFetch) {
+      const char* ahead = reinterpret_cast<const char*>(next + (K - 1 - i) * ld);
+      for (size_t b = 0; b < kVectors * n * sizeof(S); b += 64) __builtin_prefetch(ahead + b, 0, 2);
+    }
+    const auto decay = hn::Set(d, token.decay[i]), k = hn::Set(d, token.k[i]);
+    const auto p = hn::Set(d, kSeparate ? token.p[i] : T(0));
+    for (size_t j = 0; j < kVectors; ++j) {
+      auto x = hn::MulAdd(k, u[j], hn::Mul(decay, load_as(d, s + i * ld + j * n)));
+      if constexpr (kSeparate) x = hn::MulAdd(p, r[j], x);
+      store_as(d, x, s + i * ld + j * n);
     }
   }
 }
@@ -101,55 +112,38 @@ struct Step {
   // `next`: the state that this thread updates after this one, or null.
   void run(S* state, const S* next, int64_t t, int64_t hv, void* o) {
     token.load(x, t, hv, Kp, Vp);
-    std::fill_n(token.r, Vp, T(0));
-    std::fill_n(token.y, Vp, T(0));
-    const size_t V = x.V, whole = V / n * n;
-    columns(state, V, 0, whole, next);
-    if (whole < V) {  // less than a vector: by way of a padded copy
+    const size_t V = x.V, block = kStepVectors * n;
+    size_t c = 0;
+    for (; c + block <= V; c += block) {
+      columns<kStepVectors>(state + c, V, c, next != nullptr ? next + c : nullptr);
+    }
+    for (; c + 2 * n <= V; c += 2 * n) {
+      columns<2>(state + c, V, c, next != nullptr ? next + c : nullptr);
+    }
+    for (; c + n <= V; c += n) columns<1>(state + c, V, c, nullptr);
+    if (c < V) {  // less than a vector: by way of a padded copy
       for (int64_t i = 0; i < x.K; ++i) {
         std::fill_n(edge + i * n, n, S{});
-        std::copy_n(state + i * V + whole, V - whole, edge + i * n);
+        std::copy_n(state + i * V + c, V - c, edge + i * n);
       }
-      columns(edge, n, whole, n, nullptr);
-      for (int64_t i = 0; i < x.K; ++i) {
-        std::copy_n(edge + i * n, V - whole, state + i * V + whole);
-      }
+      columns<1>(edge, n, c, nullptr);
+      for (int64_t i = 0; i < x.K; ++i) std::copy_n(edge + i * n, V - c, state + i * V + c);
     }
     store_row(x.dtype, o, (t * x.HV + hv) * x.V, V, token.y);
   }
 
  private:
-  // Columns [begin, begin + count) of the state, whose first is at s.
-  void columns(S* s, size_t ld, size_t begin, size_t count, const S* next) {
-    if (count == 0) return;
-    x.erase == DeltaErase::kNone ? read<false>(s, ld, begin, count)
-                                 : read<true>(s, ld, begin, count);
-    token.solve(x, begin, count);
-    x.erase == DeltaErase::kSeparate ? update<true>(s, ld, begin, count, next)
-                                     : update<false>(s, ld, begin, count, next);
-  }
-  template <bool kErase>
-  void read(const S* s, size_t ld, size_t begin, size_t count) {
-    T *r = token.r + begin, *y = token.y + begin;
-    const size_t K = x.K;
-    size_t i = 0;
-    for (; i + kStepRows <= K; i += kStepRows) {
-      read_rows<kStepRows, kErase>(s + i * ld, ld, count, token.erase + i, token.query + i, r, y);
-    }
-    for (; i < K; ++i) {
-      read_rows<1, kErase>(s + i * ld, ld, count, token.erase + i, token.query + i, r, y);
-    }
-  }
-  template <bool kSeparate>
-  void update(S* s, size_t ld, size_t begin, size_t count, const S* next) {
-    const size_t K = x.K;
-    size_t i = 0;
-    for (; i + kStepRows <= K; i += kStepRows) {
-      update_rows<kStepRows, kSeparate>(s + i * ld, ld, count, token, i, begin,
-                                        next != nullptr ? next + i * ld : nullptr);
-    }
-    for (; i < K; ++i) {
-      update_rows<1, kSeparate>(s + i * ld, ld, count, token, i, begin, static_cast<S*>(nullptr));
+  template <size_t kVectors>
+  void columns(S* s, size_t ld, size_t c, const S* next) {
+    x.erase == DeltaErase::kNone ? step_read<kVectors, false>(x.K, s, ld, token, c)
+                                 : step_read<kVectors, true>(x.K, s, ld, token, c);
+    token.solve(x, c, kVectors * n);
+    if (x.erase == DeltaErase::kSeparate) {
+      next != nullptr ? step_update<kVectors, true, true>(x.K, s, ld, token, c, next)
+                      : step_update<kVectors, true, false>(x.K, s, ld, token, c, next);
+    } else {
+      next != nullptr ? step_update<kVectors, false, true>(x.K, s, ld, token, c, next)
+                      : step_update<kVectors, false, false>(x.K, s, ld, token, c, next);
     }
   }
 

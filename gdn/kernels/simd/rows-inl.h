@@ -10,7 +10,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "gdn/base/dtype.h"
 #include "hwy/highway.h"
@@ -27,12 +26,21 @@ inline constexpr bool kHasF16 = true;
 inline constexpr bool kHasF16 = false;
 #endif
 
+// Inline, for a call of memcpy takes as long as a row of a few vectors.
+template <typename A>
+HWY_INLINE void copy_row(const A* HWY_RESTRICT src, size_t n, A* HWY_RESTRICT dst) {
+  const hn::ScalableTag<A> d;
+  size_t i = 0;
+  for (; i + hn::Lanes(d) <= n; i += hn::Lanes(d)) hn::StoreU(hn::LoadU(d, src + i), d, dst + i);
+  for (; i < n; ++i) dst[i] = src[i];
+}
+
 // dst[0, n) = src[offset, offset + n) of type dtype.
 template <typename A>
 HWY_INLINE void load_row(DType dtype, const void* src, int64_t offset, size_t n,
                          A* HWY_RESTRICT dst) {
   if (dtype == kDTypeOf<A>) {
-    std::memcpy(dst, static_cast<const A*>(src) + offset, n * sizeof(A));
+    copy_row(static_cast<const A*>(src) + offset, n, dst);
   } else if (dtype == DType::kBF16) {
     const BFloat16* p = static_cast<const BFloat16*>(src) + offset;
     for (size_t i = 0; i < n; ++i) dst[i] = to_float(p[i]);
@@ -56,7 +64,7 @@ template <typename A>
 HWY_INLINE void store_row(DType dtype, void* dst, int64_t offset, size_t n,
                           const A* HWY_RESTRICT src) {
   if (dtype == kDTypeOf<A>) {
-    std::memcpy(static_cast<A*>(dst) + offset, src, n * sizeof(A));
+    copy_row(src, n, static_cast<A*>(dst) + offset);
   } else if (dtype == DType::kBF16) {
     BFloat16* p = static_cast<BFloat16*>(dst) + offset;
     for (size_t i = 0; i < n; ++i) p[i] = to_bf16(static_cast<float>(src[i]));
