@@ -83,8 +83,10 @@ def decode_ours(heads, head_dim):
     token = [x[:, 0].contiguous() for x in (q, k, v, g, beta)]
     state = torch.zeros(1, heads, head_dim, head_dim)
 
+    step = torch.ops.gdn.gated_delta_rule_step_.default
+
     def run():
-        return torch.ops.gdn.gated_delta_rule_step_(*token, state, use_qk_l2norm_in_kernel=True)
+        return step(*token, state, use_qk_l2norm_in_kernel=True)
 
     return run
 

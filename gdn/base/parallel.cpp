@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -26,16 +28,74 @@ int default_num_threads() {
 
 std::atomic<int> builtin_threads{default_num_threads()};
 
-// Threads start per call: this backend serves programs without torch and tests, where the simplest
-// code that is right counts for more than the few microseconds of a start.
+// Threads that sleep between calls: waking them takes microseconds, starting them ten times that,
+// which a decoding step would feel. One call at a time has them; a second, from another thread,
+// runs alone.
+class Pool {
+ public:
+  ~Pool() {
+    {
+      std::lock_guard lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto& t : threads_) t.join();
+  }
+
+  // Runs `work` on this thread and on `helpers` others, and returns when all are through.
+  void run(int64_t helpers, const std::function<void()>& work) {
+    std::unique_lock busy(busy_, std::try_to_lock);
+    if (!busy.owns_lock()) return work();
+    {
+      std::lock_guard lock(mutex_);
+      while (static_cast<int64_t>(threads_.size()) < helpers) {
+        const int64_t index = static_cast<int64_t>(threads_.size());
+        threads_.emplace_back([this, index, seen = call_] { loop(index, seen); });
+      }
+      work_ = &work;
+      helpers_ = running_ = helpers;
+      ++call_;
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void loop(int64_t index, uint64_t seen) {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return stop_ || call_ != seen; });
+      if (stop_) return;
+      seen = call_;
+      if (index >= helpers_) continue;
+      const std::function<void()>& work = *work_;
+      lock.unlock();
+      work();
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> threads_;
+  const std::function<void()>* work_ = nullptr;
+  int64_t helpers_ = 0, running_ = 0;
+  uint64_t call_ = 0;
+  bool stop_ = false;
+};
+
 void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
+  static Pool pool;
   const int64_t pieces_wanted = (end - begin + grain - 1) / grain;
   const int64_t threads = std::min<int64_t>(builtin_threads.load(), pieces_wanted);
   std::atomic<int64_t> next{begin};
   const int64_t step = std::max(grain, (end - begin) / (4 * threads));
   std::exception_ptr error;
   std::mutex error_mutex;
-  auto work = [&] {
+  pool.run(threads - 1, [&] {
     in_parallel_region = true;
     try {
       for (int64_t b = next.fetch_add(step); b < end; b = next.fetch_add(step)) {
@@ -47,11 +107,7 @@ void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
       next.store(end);
     }
     in_parallel_region = false;
-  };
-  std::vector<std::thread> pool;
-  for (int64_t i = 1; i < threads; ++i) pool.emplace_back(work);
-  work();
-  for (auto& t : pool) t.join();
+  });
   if (error) std::rethrow_exception(error);
 }
 

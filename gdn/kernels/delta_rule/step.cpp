@@ -40,10 +40,9 @@ HWY_INLINE void store_as(D d, hn::Vec<D> v, HardwareBf16* p) {
 #endif
 
 // Vectors of columns whose sums stay in registers while a state streams by, row after row: with
-// AVX-512 a whole row of 128 columns. A state is read from its first row to its last, and updated
-// from the last to the first, for what was read last is still in L1 (a state of 128 x 128 is twice
-// as large). Blocks of columns that would fit into L1 do not: their rows, 512 bytes apart, fall
-// into a fraction of its sets.
+// AVX-512 a whole row of 128 columns. It streams by twice, once to be read and once to be updated,
+// the second time from L2. Blocks of columns that would fit into L1 do not: their rows, 512 bytes
+// apart, fall into a fraction of its sets.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
 inline constexpr size_t kStepVectors = 8;
 #else
@@ -84,9 +83,9 @@ HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<
     u[j] = hn::Load(d, token.v + column + j * n);
     r[j] = kSeparate ? hn::Load(d, token.r + column + j * n) : hn::Zero(d);
   }
-  for (size_t i = K; i-- > 0;) {
+  for (size_t i = 0; i < K; ++i) {
     if constexpr (kFetch) {
-      const char* ahead = reinterpret_cast<const char*>(next + (K - 1 - i) * ld);
+      const char* ahead = reinterpret_cast<const char*>(next + i * ld);
       for (size_t b = 0; b < kVectors * n * sizeof(S); b += 64) __builtin_prefetch(ahead + b, 0, 2);
     }
     const auto decay = hn::Set(d, token.decay[i]), k = hn::Set(d, token.k[i]);
@@ -161,6 +160,9 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
     const int64_t slot = pool.slots != nullptr ? pool.slots[task / HV] : task / HV;
     return slot < 0 ? nullptr : static_cast<S*>(pool.states) + (slot * HV + task % HV) * size;
   };
+  // Fetching the next state ahead costs more than it gives where the states are in a cache anyway.
+  constexpr int64_t kCached = 12 << 20;
+  const bool fetch = params.num_sequences * HV * size * static_cast<int64_t>(sizeof(S)) > kCached;
   // Several small states per task: handing one out costs more than updating it.
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / size);
   parallel_for(0, params.num_sequences * HV, grain, [&](int64_t begin, int64_t end) {
@@ -170,7 +172,7 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
     Step<T, S> worker(params, carve);
     for (int64_t task = begin; task < end; ++task) {
       if (S* s = state(task); s != nullptr) {
-        worker.run(s, task + 1 < end ? state(task + 1) : nullptr, task / HV, task % HV, o);
+        worker.run(s, fetch && task + 1 < end ? state(task + 1) : nullptr, task / HV, task % HV, o);
       } else {
         const int64_t bytes = params.V * size_of(params.dtype);
         std::memset(static_cast<char*>(o) + task * bytes, 0, bytes);
