@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// gdn eval TASK: scores of a trained model.
+// gdn eval TASK: scores of a trained model, and of the memories themselves.
 #include <CLI/CLI.hpp>
 #include <iostream>
 #include <memory>
@@ -8,6 +8,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/cli/cli.h"
+#include "gdn/eval/mechanisms.h"
 #include "gdn/eval/recall.h"
 #include "gdn/model/checkpoint.h"
 
@@ -20,10 +21,12 @@ struct EvalFlags {
   int64_t stories = 1000;
   int64_t first_story = 512;
   int64_t seq_len = 512;
+  uint64_t seed = 1;
   bool json = false;
 };
 
 int run_recall(const EvalFlags& flags) {
+  if (flags.model.empty()) throw UsageError("[eval] recall needs --model");
   const LoadedModel loaded = load_model(flags.model);
   const std::vector<Story> stories =
       held_out_stories(flags.seq_len, flags.first_story, flags.stories);
@@ -46,17 +49,43 @@ int run_recall(const EvalFlags& flags) {
   return 0;
 }
 
+int run_mechanisms_task(const EvalFlags& flags) {
+  const std::vector<MechanismTable> tables = run_mechanisms(flags.seed);
+  if (!flags.json) {
+    std::cout << mechanisms_text(tables);
+    return 0;
+  }
+  nlohmann::ordered_json out = {{"task", flags.task}, {"seed", flags.seed}};
+  for (const MechanismTable& table : tables) {
+    nlohmann::ordered_json rows = nlohmann::ordered_json::array();
+    for (const auto& [memory, recall] : table.rows) {
+      rows.push_back({{"memory", memory}, {"recall", recall}});
+    }
+    out["tables"].push_back({{"name", table.name},
+                             {"question", table.question},
+                             {table.column, table.sizes},
+                             {"rows", rows}});
+  }
+  std::cout << out.dump(2) << "\n";
+  return 0;
+}
+
 }  // namespace
 
 void add_eval_command(CLI::App& app, Run& run) {
   auto flags = std::make_shared<EvalFlags>();
-  CLI::App* command = app.add_subcommand("eval", "Score a trained model on a task");
-  command->add_option("task", flags->task, "recall: the generated stories of the demo")
-      ->check(CLI::IsMember({"recall"}))
+  CLI::App* command =
+      app.add_subcommand("eval", "Score a trained model, or what memories can do without training");
+  command
+      ->add_option(
+          "task", flags->task,
+          "recall: the generated stories of the demo; mechanisms: recall of random pairs and "
+          "parity by untrained memories, without a model")
+      ->check(CLI::IsMember({"recall", "mechanisms"}))
       ->type_name("TASK");
-  command->add_option("-m,--model", flags->model, "Model folder or checkpoint")
-      ->required()
+  command->add_option("-m,--model", flags->model, "Model folder or checkpoint (recall)")
       ->type_name("FOLDER");
+  command->add_option("--seed", flags->seed, "Seed of the random pairs (mechanisms)");
   command->add_option("--stories", flags->stories, "Held-out stories to ask about")
       ->check(CLI::Range(1, 1000000));
   command
@@ -66,7 +95,11 @@ void add_eval_command(CLI::App& app, Run& run) {
   command->add_option("-t,--seq-len", flags->seq_len, "Longest story in tokens")
       ->check(CLI::Range(kMinStoryTokens, int64_t{1} << 20));
   command->add_flag("--json", flags->json, "Print one JSON object");
-  command->callback([flags, &run] { run = [flags] { return run_recall(*flags); }; });
+  command->callback([flags, &run] {
+    run = [flags] {
+      return flags->task == "mechanisms" ? run_mechanisms_task(*flags) : run_recall(*flags);
+    };
+  });
 }
 
 }  // namespace gdn

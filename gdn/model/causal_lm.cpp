@@ -233,6 +233,7 @@ at::Tensor CausalLM::hidden(const at::Tensor& ids, const ModelContext& ctx) {
   }
   Stream stream;
   if (ctx.shared != nullptr) stream.shared = *ctx.shared;
+  stream.shared.first_value.reset();  // of these tokens only
   stream.x = at::embedding(impl_->embeddings->weight, ids).to(impl_->dtype);  // [B,T,D]
   const bool recompute =
       impl_->checkpointing && ctx.state == nullptr && c10::GradMode::is_enabled();

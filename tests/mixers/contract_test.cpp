@@ -62,6 +62,93 @@ std::vector<Case> all_cases() {
       {{"qk_activation", "identity"}, {"use_short_conv", false}, {"allow_neg_eigval", true}});
   add("delta_net", "narrow_keys_recurrent", 8,
       {{"num_heads", 2}, {"expand_k", 0.5}, {"expand_v", 2.0}, {"mode", "fused_recurrent"}});
+  add("gated_delta_net", "sigmoid_gate", 8,
+      {{"head_dim", 4}, {"output_gate_activation", "sigmoid"}});
+  add("kimi_delta_attention", "safe_gate_grouped_values", 10,
+      {{"head_dim", 3},
+       {"num_heads", 2},
+       {"num_v_heads", 4},
+       {"expand_v", 5.0 / 3},
+       {"safe_gate", true},
+       {"lower_bound", -3.0}});
+  add("kimi_delta_attention", "no_conv_neg_eigval", 8,
+      {{"head_dim", 4}, {"num_heads", 2}, {"use_short_conv", false}, {"allow_neg_eigval", true}});
+  add("gated_delta_net_2", "grouped_values_neg_eigval", 8,
+      {{"head_dim", 3},
+       {"num_heads", 2},
+       {"num_v_heads", 4},
+       {"allow_neg_eigval", true},
+       {"safe_gate", true}});
+  add("gated_delta_product", "three_steps_grouped_values", 8,
+      {{"head_dim", 3},
+       {"num_heads", 1},
+       {"num_v_heads", 2},
+       {"num_householder", 3},
+       {"expand_v", 1.0},
+       {"mode", "fused_recurrent"}});
+  add("gated_delta_product", "one_step_no_gates", 8,
+      {{"head_dim", 4},
+       {"num_householder", 1},
+       {"use_forget_gate", false},
+       {"use_output_gate", false},
+       {"use_short_conv", false},
+       {"allow_neg_eigval", false}});
+  add("gated_write", "by_head", 8, {{"head_dim", 4}, {"gate_shape", "scalar"}});
+  add("gated_write", "by_key_channel", 8,
+      {{"head_dim", 4},
+       {"num_heads", 2},
+       {"num_v_heads", 4},
+       {"gate_shape", "key"},
+       {"learning_rate", 1.5},
+       {"use_gate", true}});
+  add("gated_write", "plain_keys", 8,
+      {{"head_dim", 4}, {"qk_norm", "none"}, {"learning_rate", 0.1}, {"conv_bias", true}});
+  add("dplr", "free_grouped_values", 8,
+      {{"head_dim", 3},
+       {"num_heads", 2},
+       {"num_v_heads", 4},
+       {"low_rank", "free"},
+       {"expand_v", 2.0}});
+  add("dplr", "safe_gate_no_output_gate", 8,
+      {{"head_dim", 4}, {"safe_gate", true}, {"use_gate", false}, {"use_short_conv", false}});
+  add("rwkv7", "two_heads", 8,
+      {{"head_dim", 4},
+       {"decay_low_rank_dim", 3},
+       {"a_low_rank_dim", 2},
+       {"gate_low_rank_dim", 5}});
+  add("linear_attention", "elu_normalised", 8,
+      {{"num_heads", 2},
+       {"feature_map", "elu"},
+       {"do_feature_map_norm", true},
+       {"norm_q", true},
+       {"norm_k", true}});
+  add("linear_attention", "performer_shared_keys", 8,
+      {{"num_heads", 2},
+       {"num_kv_heads", 1},
+       {"feature_map", "performer"},
+       {"num_features", 5},
+       {"do_feature_map_norm", true},
+       {"output_norm", "identity"}});
+  add("linear_attention", "relu_recurrent", 16,
+      {{"num_heads", 2}, {"feature_map", "relu"}, {"mode", "fused_recurrent"}});
+  add("linear_attention", "tied_product", 8,
+      {{"num_heads", 2}, {"tie_feature_map_qk", true}, {"expand_k", 2.0}});
+  add("linear_attention", "identity", 8, {{"num_heads", 2}, {"feature_map", "identity"}});
+  add("retention", "shared_keys_conv", 16,
+      {{"num_heads", 4}, {"num_kv_heads", 2}, {"use_short_conv", true}, {"gate_fn", "sigmoid"}});
+  add("retention", "no_positions_no_gate", 6,
+      {{"num_heads", 2}, {"rope_theta", 0.0}, {"use_output_gate", false}, {"feature_map", "elu"}});
+  add("simple_gla", "shared_keys_no_conv", 8,
+      {{"num_heads", 4},
+       {"num_kv_heads", 2},
+       {"use_short_conv", false},
+       {"gate_logit_normalizer", 2}});
+  add("gla", "shared_keys_conv", 8,
+      {{"num_heads", 2},
+       {"num_kv_heads", 1},
+       {"use_short_conv", true},
+       {"clamp_min", -0.05},
+       {"gate_low_rank_dim", 3}});
   add("attention", "grouped_queries", 16,
       {{"num_heads", 4}, {"num_kv_heads", 2}, {"qkv_bias", true}, {"qk_norm", true}});
   add("attention", "window", 8, {{"num_heads", 2}, {"window_size", 3}});
@@ -107,7 +194,12 @@ class Contract : public ::testing::TestWithParam<Case> {
     MixerArgs args;
     args.hidden_size = D();
     args.options = options;
-    return make_mixer(GetParam().mixer, args);
+    const auto mixer = make_mixer(GetParam().mixer, args);
+    // What starts as zero shuts off what comes before it: give it values, so that it is seen.
+    c10::NoGradGuard no_grad;
+    for (const auto& p : mixer->named_parameters())
+      if (!p.value().any().item<bool>()) p.value().normal_(0, 0.2);
+    return mixer;
   }
 
   int64_t D() const { return GetParam().hidden_size; }

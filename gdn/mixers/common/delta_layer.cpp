@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/common/delta_layer.h"
 
+#include <ATen/ops/elu.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/expm1.h>
 #include <ATen/ops/log.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -20,15 +25,18 @@
 namespace gdn {
 namespace {
 
-// A number of heads or widths that must come out whole.
-int64_t whole(const Options& options, const char* size_name, int64_t size, const char* option) {
-  const double factor = options.number(option), exact = static_cast<double>(size) * factor;
+// size * factor, which must be whole.
+int64_t whole(const Options& options, const char* size_name, int64_t size, const char* option,
+              double factor) {
+  const double exact = static_cast<double>(size) * factor;
   const int64_t rounded = std::llround(exact);
   options.check(rounded >= 1 && std::abs(exact - static_cast<double>(rounded)) <= 1e-5 * exact,
                 size_name, " * ", option, " must be a whole number of at least 1, got ", size,
                 " * ", factor, " = ", exact);
   return rounded;
 }
+
+constexpr double kDefaultLowerBound = -5;
 
 // log A with A from U(0,16). An exact 0 would give -inf, which training never leaves.
 at::Tensor initial_a_log(int64_t heads) {
@@ -55,7 +63,7 @@ HeadSizes sizes_by_head_dim(const Options& options, int64_t hidden_size, double 
   sizes.HV = options.positive_or("num_v_heads", sizes.H);
   options.check(sizes.HV % sizes.H == 0, "num_v_heads must be a multiple of num_heads (", sizes.H,
                 "), got ", sizes.HV);
-  sizes.V = whole(options, "head_dim", sizes.K, "expand_v");
+  sizes.V = whole(options, "head_dim", sizes.K, "expand_v", options.number("expand_v"));
   return sizes;
 }
 
@@ -73,8 +81,10 @@ std::vector<MixerOption> head_dim_options(double share, double expand_v) {
 }
 
 HeadSizes sizes_by_width(const Options& options, int64_t hidden_size) {
-  const int64_t key_dim = whole(options, "hidden_size", hidden_size, "expand_k");
-  const int64_t value_dim = whole(options, "hidden_size", hidden_size, "expand_v");
+  const double expand_k = options.number_or("expand_k", hidden_size % 2 == 0 ? 0.5 : 1.0);
+  const int64_t key_dim = whole(options, "hidden_size", hidden_size, "expand_k", expand_k);
+  const int64_t value_dim =
+      whole(options, "hidden_size", hidden_size, "expand_v", options.number("expand_v"));
   // The most heads that leave each at least the default size and divide both widths.
   int64_t heads = std::max<int64_t>(1, hidden_size / default_head_dim(hidden_size));
   while (key_dim % heads != 0 || value_dim % heads != 0) --heads;
@@ -85,14 +95,30 @@ HeadSizes sizes_by_width(const Options& options, int64_t hidden_size) {
   return {heads, heads, key_dim / heads, value_dim / heads};
 }
 
-std::vector<MixerOption> width_options(double expand_k, double expand_v) {
+std::vector<MixerOption> width_options(MixerOption expand_k, double expand_v) {
   return {
       {"num_heads", nullptr,
        "heads; default: the most that divide the widths of keys and values and leave each the size "
        "hidden_size / 8 rounded down to a power of two, from 64 to 256"},
-      {"expand_k", expand_k, "width of queries and keys, all heads, divided by hidden_size"},
+      std::move(expand_k),
       {"expand_v", expand_v, "width of values, all heads, divided by hidden_size"},
   };
+}
+
+MixerOption expand_k_option(double expand_k) {
+  return {"expand_k", expand_k, "width of queries and keys, all heads, divided by hidden_size"};
+}
+
+int64_t kv_heads(const Options& options, int64_t num_heads) {
+  const int64_t heads = options.positive_or("num_kv_heads", num_heads);
+  options.check(num_heads % heads == 0, "num_kv_heads must divide num_heads (", num_heads,
+                "), got ", heads);
+  return heads;
+}
+
+MixerOption kv_heads_option() {
+  return {"num_kv_heads", nullptr,
+          "heads of keys and values, which groups of query heads share; default: num_heads"};
 }
 
 MixerOption mode_option() {
@@ -140,8 +166,9 @@ LowRank::LowRank(int64_t in_features, int64_t rank, int64_t out_features, bool w
 at::Tensor LowRank::forward(const at::Tensor& x) { return up_->forward(down_->forward(x)); }
 
 QkvConvolution::QkvConvolution(torch::nn::Module& owner, const Options& options, Widths widths,
-                               Activation qk, Activation v)
-    : qk_activation_(qk), v_activation_(v) {
+                               Activation qk, Activation v, bool bare_activation)
+    : qk_activation_(bare_activation ? qk : Activation::kNone),
+      v_activation_(bare_activation ? v : Activation::kNone) {
   const int64_t size = options.conv_size();
   const bool bias = options.flag("conv_bias");
   if (!options.flag("use_short_conv")) return;
@@ -194,30 +221,70 @@ at::Tensor ScalarDecay::forward(const at::Tensor& a, bool naive) const {
   return naive::gdn_gate(a.to(acc), A_log_.to(acc), dt_bias_.to(acc));
 }
 
+ChannelDecay::ChannelDecay(torch::nn::Module& owner, const Options& options, int64_t heads,
+                           int64_t channels) {
+  const bool safe = options.flag("safe_gate");
+  const double bound = options.number_or("lower_bound", kDefaultLowerBound);
+  options.check(bound < 0 && bound >= -5, "lower_bound must be in [-5,0), got ", bound);
+  if (safe) lower_bound_ = bound;
+  c10::NoGradGuard no_grad;
+  const at::Tensor A = at::empty({heads}, at::kFloat).uniform_(1, 16);
+  A_log_ = owner.register_parameter("A_log", safe ? at::zeros_like(A) : A.log());
+  dt_bias_ = owner.register_parameter("dt_bias", initial_dt_bias(heads * channels));
+}
+
+at::Tensor ChannelDecay::forward(const at::Tensor& f, bool naive) const {
+  const int64_t heads = A_log_.size(0);
+  const at::Tensor by_head = f.view({f.size(0), f.size(1), heads, dt_bias_.size(0) / heads});
+  if (!naive) return ops::kda_gate(by_head, A_log_, dt_bias_, lower_bound_);
+  const at::ScalarType acc = ops::acc_type(f.scalar_type());
+  const at::Tensor raw = by_head.to(acc) + dt_bias_.to(acc).view({heads, -1});
+  const at::Tensor rate = A_log_.to(acc).exp().unsqueeze(1);
+  return lower_bound_ ? at::sigmoid(rate * raw) * *lower_bound_ : -rate * at::softplus(raw);
+}
+
+std::vector<MixerOption> safe_gate_options() {
+  return {{"safe_gate", false,
+           "decay g = lower_bound sigmoid(exp(A_log) (f + dt_bias)) instead of "
+           "-exp(A_log) softplus(f + dt_bias)"},
+          {"lower_bound", kDefaultLowerBound, "the strongest decay of the safe gate, in [-5,0)"}};
+}
+
+at::Tensor feature_map(std::string_view name, const at::Tensor& x) {
+  if (name == "relu") return at::relu(x);
+  if (name == "elu") return at::elu(x) + 1.0;
+  return name == "silu" ? at::silu(x) : x;
+}
+
 at::Tensor l2norm(const at::Tensor& x, bool naive) {
   return naive ? naive::l2norm(x) : ops::l2norm(x);
 }
 
 at::Tensor run_delta_rule(const DeltaInputs& in, std::string_view form, StateAccess& state) {
   if (state.step() && form != "naive") {
-    const auto token = [](const ops::OptionalTensor& t) {
-      return ops::has(t) ? ops::OptionalTensor(t->select(1, 0)) : std::nullopt;
-    };
     const ops::OptionalTensor slots =
         state.slots().defined() ? ops::OptionalTensor(state.slots()) : std::nullopt;
-    return ops::delta_rule_step_(in.q.select(1, 0), in.k.select(1, 0), in.v.select(1, 0),
-                                 token(in.g), token(in.beta), token(in.a), token(in.p),
-                                 state.pool("recurrent"), slots, in.scale, in.erase)
-        .unsqueeze(1);
+    at::Tensor o;
+    for (int64_t t = 0; t < in.steps; ++t) {
+      const auto at_t = [t](const ops::OptionalTensor& x) {
+        return ops::has(x) ? ops::OptionalTensor(x->select(1, t)) : std::nullopt;
+      };
+      o = ops::delta_rule_step_(in.q.select(1, t), in.k.select(1, t), in.v.select(1, t), at_t(in.g),
+                                at_t(in.beta), at_t(in.a), at_t(in.p), state.pool("recurrent"),
+                                slots, in.scale, in.erase);
+    }
+    return o.unsqueeze(1);
   }
   ops::OptionalTensor initial, cu_seqlens;
   if (state.given()) initial = state.read("recurrent").to(ops::acc_type(in.q.scalar_type()));
-  if (state.cu_seqlens().defined()) cu_seqlens = state.cu_seqlens();
+  if (state.cu_seqlens().defined()) cu_seqlens = state.cu_seqlens() * in.steps;
   auto [o, final_state, saved] = ops::delta_rule(
       in.q, in.k, in.v, in.g, in.beta, in.a, in.p, in.scale, initial, cu_seqlens,
       /*output_final_state=*/state.given(), in.erase, form, /*chunk_size=*/0, /*save=*/false);
   if (state.given()) state.write("recurrent", final_state);
-  return o;
+  if (in.steps == 1) return o;
+  const int64_t B = o.size(0), T = o.size(1) / in.steps;
+  return o.view({B, T, in.steps, o.size(2), o.size(3)}).select(2, in.steps - 1);
 }
 
 const char* delta_rule_form(std::string_view mode, int64_t T, bool naive) {
@@ -244,19 +311,21 @@ HeadOutput::HeadOutput(torch::nn::Module& owner, int64_t hidden_size, const Head
   } else if (!gate_.empty()) {
     g_proj_ = add_linear(owner, "g_proj", hidden_size, width);
   }
-  norm_ = owner.register_module(config.norm_name, std::make_shared<RmsNorm>(sizes.V, norm_eps));
+  if (config.norm_name != nullptr) {
+    norm_ = owner.register_module(config.norm_name, std::make_shared<RmsNorm>(sizes.V, norm_eps));
+  }
   o_proj_ = add_linear(owner, "o_proj", width, hidden_size);
 }
 
 at::Tensor HeadOutput::forward(const at::Tensor& o, const at::Tensor& x, bool naive) const {
-  at::Tensor y;
+  at::Tensor y = o;
   if (gate_.empty()) {
-    y = norm_->forward(o, naive);
+    if (norm_) y = norm_->forward(o, naive);
   } else {
     const at::Tensor gate = low_rank_ ? low_rank_->forward(x) : g_proj_->forward(x);
-    y = norm_->forward_gated(o, gate.view_as(o), naive, gate_);
+    y = norm_->forward_gated(o, gate.view(o.sizes()), naive, gate_);
   }
-  return o_proj_->forward(y.view({o.size(0), o.size(1), o.size(2) * o.size(3)}));
+  return o_proj_->forward(y.reshape({o.size(0), o.size(1), o.size(2) * o.size(3)}));
 }
 
 }  // namespace gdn

@@ -21,8 +21,7 @@
 
 namespace gdn {
 
-// --- Sizes and options
-// -----------------------------------------------------------------------------
+// --- Sizes and options ---
 
 struct HeadSizes {
   int64_t H, HV;  // heads of queries and keys; of values
@@ -40,7 +39,13 @@ std::vector<MixerOption> head_dim_options(double share, double expand_v);
 // From the options num_heads, expand_k and expand_v, the widths of all heads divided by
 // hidden_size.
 HeadSizes sizes_by_width(const Options& options, int64_t hidden_size);
-std::vector<MixerOption> width_options(double expand_k, double expand_v);
+// The default of expand_k may be derived (null): 0.5, or 1 where hidden_size is odd.
+std::vector<MixerOption> width_options(MixerOption expand_k, double expand_v);
+MixerOption expand_k_option(double expand_k);
+
+// From the option num_kv_heads: heads of keys and values, each for a group of query heads.
+int64_t kv_heads(const Options& options, int64_t num_heads);
+MixerOption kv_heads_option();
 
 // Options that several mixers have.
 MixerOption mode_option();                              // "mode", see delta_rule_form
@@ -54,8 +59,7 @@ std::vector<MixerOption> joined(std::initializer_list<std::vector<MixerOption>> 
 // power of two, from 64 to 256, and no more than the width.
 int64_t default_head_dim(int64_t hidden_size);
 
-// --- Parts
-// -----------------------------------------------------------------------------------------
+// --- Parts ---
 
 // Makes the Linear and registers it.
 std::shared_ptr<Linear> add_linear(torch::nn::Module& owner, const char* name, int64_t in_features,
@@ -73,7 +77,8 @@ class LowRank : public torch::nn::Module {
 };
 
 // The causal convolutions q_conv1d, k_conv1d and v_conv1d with their activations, or, where
-// use_short_conv is false, the bare activations. Their states are conv_q, conv_k and conv_v.
+// use_short_conv is false, the bare activations (nothing without bare_activation). Their states are
+// conv_q, conv_k and conv_v.
 class QkvConvolution {
  public:
   struct Widths {
@@ -81,7 +86,8 @@ class QkvConvolution {
   };
   // Registers what the options use_short_conv, conv_size and conv_bias ask for.
   QkvConvolution(torch::nn::Module& owner, const Options& options, Widths widths,
-                 Activation qk = Activation::kSilu, Activation v = Activation::kSilu);
+                 Activation qk = Activation::kSilu, Activation v = Activation::kSilu,
+                 bool bare_activation = true);
 
   void forward(at::Tensor& q, at::Tensor& k, at::Tensor& v /* [B,T,width] */, StateAccess& state,
                bool naive) const;
@@ -109,11 +115,29 @@ class ScalarDecay {
   at::Tensor A_log_, dt_bias_;
 };
 
+// The same per key channel, with A_log [heads] and dt_bias [heads K]; A starts as U(1,16). With the
+// option safe_gate, g = lower_bound sigmoid(exp(A_log) (f + dt_bias)), and A_log starts as 0.
+class ChannelDecay {
+ public:
+  ChannelDecay() = default;
+  ChannelDecay(torch::nn::Module& owner, const Options& options, int64_t heads, int64_t channels);
+  // [B,T,heads,K]
+  at::Tensor forward(const at::Tensor& f /* [B,T,heads K] */, bool naive) const;
+
+ private:
+  at::Tensor A_log_, dt_bias_;  // [heads], [heads K]
+  std::optional<double> lower_bound_;
+};
+
+std::vector<MixerOption> safe_gate_options();
+
+// "relu", "elu" (plus 1, so that it is positive), "silu" or "identity", by elements.
+at::Tensor feature_map(std::string_view name, const at::Tensor& x);
+
 // x / sqrt(sum x^2 + 1e-6) over the last dimension.
 at::Tensor l2norm(const at::Tensor& x, bool naive);
 
-// --- The engine
-// ------------------------------------------------------------------------------------
+// --- The engine ---
 
 // The inputs of one call; see gdn/ops/delta_rule.h.
 struct DeltaInputs {
@@ -122,6 +146,9 @@ struct DeltaInputs {
   std::string_view erase = "key";
   ops::OptionalTensor a, p;     // [B,T,H,K]
   std::optional<double> scale;  // absent: K^-0.5
+  // Above 1 the engine's tokens are steps of which this many make one token: T is steps times that
+  // of o, and o is what the last step reads.
+  int64_t steps = 1;
 };
 
 // o [B,T,HV,V], from and to the entry "recurrent" where the call has a state. form: "chunk",
@@ -136,14 +163,13 @@ const char* delta_rule_form(std::string_view mode, int64_t T, bool naive);
 at::Tensor zero_recurrent_state(int64_t sequences, const HeadSizes& sizes,
                                 const at::TensorOptions& options);
 
-// --- The output
-// ------------------------------------------------------------------------------------
+// --- The output ---
 
 // y = o_proj(RMSNorm(o) * act(gate)), the norm over each head.
 class HeadOutput {
  public:
   struct Config {
-    const char* norm_name = "o_norm";
+    const char* norm_name = "o_norm";  // null: no norm (and no gate)
     std::string gate;       // activation of g_proj(x): "silu" (or "swish"), "sigmoid"; "": no gate
     int64_t gate_rank = 0;  // > 0: g_proj is a LowRank map with a bias
   };

@@ -18,6 +18,7 @@ class Options {
   // Each throws a UsageError naming the mixer, the option and the value where the type is wrong.
   // The first form is for options that have a default, the second for derived ones (null).
   bool flag(const char* name) const;
+  bool given(const char* name) const { return !value(name).is_null(); }
   int64_t positive(const char* name) const;  // an integer >= 1
   int64_t positive_or(const char* name, int64_t derived) const;
   double number(const char* name) const;

@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/delta_net/layer.h"
 
-#include <ATen/ops/elu.h>
-#include <ATen/ops/relu.h>
-
-#include "gdn/mixers/common/delta_layer.h"
-#include "gdn/mixers/common/options.h"
-
 namespace gdn {
 namespace {
 
@@ -14,11 +8,10 @@ constexpr const char* kName = "delta_net";
 
 }  // namespace
 
-DeltaNet::DeltaNet(const MixerArgs& args) {
+DeltaNet::DeltaNet(const MixerArgs& args) : DeltaMixer(kName, args) {
   const Options options(kName, args);
   const int64_t D = args.hidden_size;
   sizes_ = sizes_by_width(options, D);
-  mode_ = options.text("mode", {"chunk", "fused_recurrent"});
   qk_activation_ = options.text("qk_activation", {"silu", "relu", "elu", "identity"});
   qk_norm_ = options.text("qk_norm", {"l2", "sum"});
   use_beta_ = options.flag("use_beta");
@@ -28,50 +21,27 @@ DeltaNet::DeltaNet(const MixerArgs& args) {
                 "qk_norm \"sum\" needs a qk_activation without negative values (relu, elu), got \"",
                 qk_activation_, "\"");
 
-  q_proj_ = add_linear(*this, "q_proj", D, sizes_.key_dim());
-  k_proj_ = add_linear(*this, "k_proj", D, sizes_.key_dim());
-  v_proj_ = add_linear(*this, "v_proj", D, sizes_.value_dim());
+  add_qkv(D);
   if (use_beta_) b_proj_ = add_linear(*this, "b_proj", D, sizes_.H);
-  convs_.emplace(*this, options,
-                 QkvConvolution::Widths{sizes_.key_dim(), sizes_.key_dim(), sizes_.value_dim()},
-                 qk_activation_ == "silu" ? Activation::kSilu : Activation::kNone);
-  HeadOutput::Config output;
-  if (options.flag("use_gate")) output.gate = "silu";
-  output_.emplace(*this, D, sizes_, options.number_or("norm_eps", args.norm_eps), output);
+  add_convolution(options, qk_activation_ == "silu" ? Activation::kSilu : Activation::kNone);
+  add_output(options, args, {"o_norm", options.flag("use_gate") ? "silu" : ""});
 }
 
-State DeltaNet::zero_state(int64_t sequences, const at::TensorOptions& options) const {
-  State state;
-  state.set("recurrent", zero_recurrent_state(sequences, sizes_, options));
-  convs_->add_zero_state(state, sequences, options);
-  return state;
-}
-
-// SiLU is the convolutions' part.
-at::Tensor DeltaNet::activate(const at::Tensor& qk) const {
-  if (qk_activation_ == "relu") return at::relu(qk);
-  return qk_activation_ == "elu" ? at::elu(qk) + 1.0 : qk;
-}
-
+// The activation, where it is not the convolutions' SiLU, and the norm over each head.
 at::Tensor DeltaNet::normalize(const at::Tensor& qk) const {
-  if (qk_norm_ == "l2") return l2norm(qk, naive_);
+  const at::Tensor x = qk_activation_ == "silu" ? qk : feature_map(qk_activation_, qk);
+  if (qk_norm_ == "l2") return l2norm(x, naive_);
   // relu may leave a vector of zeros
-  const at::Tensor sum = qk.sum(-1, /*keepdim=*/true);
-  return qk / (qk_activation_ == "relu" ? sum.clamp_min(1e-6) : sum);
+  const at::Tensor sum = x.sum(-1, /*keepdim=*/true);
+  return x / (qk_activation_ == "relu" ? sum.clamp_min(1e-6) : sum);
 }
 
-at::Tensor DeltaNet::forward(const at::Tensor& x, const Context& ctx) {
-  StateAccess state(kName, x, ctx, *this);
-  const int64_t B = x.size(0), T = x.size(1);
-  at::Tensor q = q_proj_->forward(x), k = k_proj_->forward(x), v = v_proj_->forward(x);
-  convs_->forward(q, k, v, state, naive_);
-  DeltaInputs in;
-  in.q = normalize(activate(q).view({B, T, sizes_.H, sizes_.K}));
-  in.k = normalize(activate(k).view({B, T, sizes_.H, sizes_.K}));
-  in.v = v.view({B, T, sizes_.HV, sizes_.V});
+DeltaInputs DeltaNet::inputs(const at::Tensor& x, StateAccess& state) {
+  DeltaInputs in = project(x, state);
+  in.q = normalize(in.q);
+  in.k = normalize(in.k);
   if (use_beta_) in.beta = write_strength(b_proj_->forward(x), allow_neg_eigval_, naive_);
-  const at::Tensor o = run_delta_rule(in, delta_rule_form(mode_, T, naive_), state);
-  return output_->forward(o, x, naive_);
+  return in;
 }
 
 MixerInfo delta_net_info() {
@@ -83,7 +53,7 @@ MixerInfo delta_net_info() {
       {"cpu"},
       joined(
           {{mode_option()},
-           width_options(1.0, 1.0),
+           width_options(expand_k_option(1.0), 1.0),
            {{"use_beta", true, "learn the write strength; false: 1"},
             {"use_gate", false, "multiply the normed output by SiLU of a projection of the input"}},
            conv_options(),
