@@ -346,6 +346,12 @@ def test_errors_have_the_right_class_and_one_line():
         weight=torch.ones(8, 4, requires_grad=True),
     )
     error(ValueError, "a power of 2, got 24", ops.chunk_simple_gla, q, k, v, g, chunk_size=24)
+    error(ValueError, "g must be on the device of q (cpu), got meta", recurrent, q, k, v, g=g.to("meta"))
+    error(
+        ValueError, "weight must be on the device of x", ops.causal_conv1d, v[:, :, 0], torch.ones(6, 4, device="meta")
+    )
+    error(ValueError, "g must be on the device of x", ops.rms_norm_gated, q, k.to("meta"), None)
+    error(ValueError, "with data, got meta", chunk, *one, cu_seqlens=torch.tensor([0, 20], device="meta"))
     with pytest.warns(DeprecationWarning, match="renamed to `state_v_first`"):
         chunk(q, k, v, g, beta, initial_state=s0.mT, transpose_state_layout=True)
 

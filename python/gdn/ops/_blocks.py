@@ -48,7 +48,7 @@ def causal_conv1d(
         raise ValueError(f"[{op}] weight must be given as [D,W], got None")
     cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
     check(op, x=x, weight=weight, bias=bias, residual=residual, initial_state=initial_state)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, x)
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)
     y, final_state = call(

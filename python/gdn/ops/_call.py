@@ -14,8 +14,9 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check(op: str, **tensors: Tensor | None) -> None:
-    """TypeError unless every given tensor is a floating tensor, and those named q, k, v have one dtype."""
+    """TypeError unless all are floating tensors, and q, k, v of one dtype; ValueError unless all are on one device."""
     first: tuple[str, torch.dtype] | None = None
+    place: tuple[str, torch.device] | None = None
     for name, t in tensors.items():
         if t is None:
             continue
@@ -23,6 +24,10 @@ def check(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"[{op}] {name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise TypeError(f"[{op}] {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+        if place is None:
+            place = (name, t.device)
+        elif t.device != place[1]:
+            raise ValueError(f"[{op}] {name} must be on the device of {place[0]} ({place[1]}), got {t.device}")
         if name in ("q", "k", "v"):
             if first is None:
                 first = (name, t.dtype)
@@ -35,13 +40,15 @@ def check_rank(op: str, name: str, t: Tensor, rank: int, layout: str) -> None:
         raise ValueError(f"[{op}] {name} must be {layout}, got {list(t.shape)}")
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor | None) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, like: Tensor) -> None:
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"[{op}] cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"[{op}] cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.is_meta != like.is_meta:
+        raise ValueError(f"[{op}] cu_seqlens must be on a device with data, got {cu_seqlens.device}")
 
 
 def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

@@ -72,7 +72,7 @@ def chunk_gated_delta_rule(
     no_context_parallelism(op, cp_context)
     cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
     check(op, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, q)
     o, final_state = call(
         _gdn.chunk_gated_delta_rule,
         q,
@@ -142,8 +142,8 @@ def fused_recurrent_gated_delta_rule(
     op = "fused_recurrent_gated_delta_rule"
     state_v_first = legacy(op, kwargs, state_v_first)
     q, k, v, dtype = _of_one_dtype(op, q, k, v)
-    check(op, g=g, gk=gk, gv=gv, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
-    check_cu_seqlens(op, cu_seqlens)
+    check(op, q=q, k=k, v=v, g=g, gk=gk, gv=gv, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
+    check_cu_seqlens(op, cu_seqlens, q)
     if gv is not None:
         if use_gate_in_kernel:
             if A_log is None or g is None:
@@ -303,7 +303,7 @@ def chunk_kda(
         raise ValueError(f"[{op}] return_intermediate_states=True is not supported")
     cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
     check(op, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, q)
     check_rank(op, "g", g, 4, "[B,T,HV,K]")
     if use_gate_in_kernel:
         if safe_gate and lower_bound is None:
@@ -362,8 +362,8 @@ def fused_recurrent_kda(
     op = "fused_recurrent_kda"
     state_v_first = legacy(op, kwargs, state_v_first)
     q, k, v, dtype = _of_one_dtype(op, q, k, v)
-    check(op, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
-    check_cu_seqlens(op, cu_seqlens)
+    check(op, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)
+    check_cu_seqlens(op, cu_seqlens, q)
     check_rank(op, "g", g, 4, "[B,T,HV,K]")
     if use_gate_in_kernel:
         g = _kda_gate(op, g, A_log, dt_bias, lower_bound)
@@ -415,7 +415,7 @@ def chunk_delta_rule(
     legacy(op, kwargs)
     cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
     check(op, q=q, k=k, v=v, beta=beta, initial_state=initial_state)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, q)
     o, final_state = call(
         _gdn.chunk_delta_rule,
         q,
@@ -502,7 +502,7 @@ def chunk_simple_gla(
         raise ValueError(f"[{op}] chunk_size must be a power of 2, got {chunk_size}")
     cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
     check(op, q=q, k=k, v=v, g=g, g_gamma=g_gamma, initial_state=initial_state)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, q)
     if g_gamma is not None:
         check_rank(op, "v", v, 4, "[B,T,HV,V]")
         if g_gamma.shape != v.shape[2:3]:
@@ -553,7 +553,7 @@ def chunk_linear_attn(
             raise ValueError(f"[{op}] with normalize=False initial_state must be one tensor, got a pair")
         initial_state, z0 = initial_state
     check(op, q=q, k=k, v=v, initial_state=initial_state, z=z0)
-    check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens, q)
     common = dict(scale=scale, normalize=False, cu_seqlens=cu_seqlens)
     o, final_state = call(
         _gdn.chunk_linear_attn, q, k, v, initial_state=initial_state, output_final_state=output_final_state, **common
