@@ -76,7 +76,7 @@ def test_pip_installs_the_built_library_without_compiling(tmp_path: Path):
             shutil.copy(ROOT / name, source / name)
     target = tmp_path / "target"
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(target)]
-    done = python(*install, f"-Ccmake.define.GDN_PREBUILT={LIBRARY}", str(source))
+    done = python(*install, f"--config-settings=cmake.define.GDN_PREBUILT={LIBRARY}", str(source))
     assert done.returncode == 0, done.stderr
     code = "import gdn, torch; print(gdn.library_path); gdn.ops.l2norm(torch.ones(2, 3))"
     done = python("-c", code, PYTHONPATH=str(target), GDN_LIBRARY="")
