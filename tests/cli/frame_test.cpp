@@ -67,5 +67,17 @@ TEST(Frame, MixersListsTheRegistry) {
   for (const MixerInfo& info : mixers()) EXPECT_THAT(table.out, HasSubstr(info.name));
 }
 
+TEST(Frame, MechanismsNeedNoModel) {
+  const Result json = call({"eval", "mechanisms", "--json"});
+  ASSERT_EQ(json.status, 0) << json.err;
+  const auto tables = nlohmann::json::parse(json.out).at("tables");
+  EXPECT_EQ(tables.size(), 6u);
+  EXPECT_EQ(tables[0].at("name"), "once");
+  EXPECT_EQ(tables[0].at("rows")[0].at("recall").size(), tables[0].at("pairs").size());
+  const Result recall = call({"eval", "recall"});
+  EXPECT_EQ(recall.status, 2);
+  EXPECT_THAT(recall.err, HasSubstr("[eval] recall needs --model"));
+}
+
 }  // namespace
 }  // namespace gdn

@@ -134,18 +134,25 @@ TEST_F(Reference, KimiDeltaAttention) {
 }
 
 TEST_F(Reference, GatedDeltaNet) {
-  make("gated_delta_net",
-       {{"head_dim", 3}, {"num_heads", 2}, {"num_v_heads", 4}, {"use_short_conv", false}});
-  const Tensor q = grouped(unit(heads(at::silu(linear("q_proj", x_)), 2)), 2);
-  const Tensor k = grouped(unit(heads(at::silu(linear("k_proj", x_)), 2)), 2);
-  const Tensor v = heads(at::silu(linear("v_proj", x_)), 4);
-  const Tensor g = -p("A_log").exp() * at::softplus(linear("a_proj", x_) + p("dt_bias"));
-  const Tensor beta = at::sigmoid(linear("b_proj", x_));
-  const Tensor o = scan(q, 6, 1 / std::sqrt(3.0), [&](const Tensor& old, int64_t t) {
-    const Tensor S = g[t].exp().view({4, 1, 1}) * old;
-    return S + product(k[t], beta[t].unsqueeze(1) * (v[t] - read(S, k[t])));
-  });
-  expect_output(finish(o, "o_norm", at::silu(linear("g_proj", x_))));
+  for (const bool erase : {true, false}) {
+    make("gated_delta_net", {{"head_dim", 3},
+                             {"num_heads", 2},
+                             {"num_v_heads", 4},
+                             {"use_short_conv", false},
+                             {"erase", erase},
+                             {"allow_neg_eigval", erase}});
+    const Tensor q = grouped(unit(heads(at::silu(linear("q_proj", x_)), 2)), 2);
+    const Tensor k = grouped(unit(heads(at::silu(linear("k_proj", x_)), 2)), 2);
+    const Tensor v = heads(at::silu(linear("v_proj", x_)), 4);
+    const Tensor g = -p("A_log").exp() * at::softplus(linear("a_proj", x_) + p("dt_bias"));
+    const Tensor beta = at::sigmoid(linear("b_proj", x_)) * (erase ? 2 : 1);
+    const Tensor o = scan(q, 6, 1 / std::sqrt(3.0), [&](const Tensor& old, int64_t t) {
+      const Tensor S = g[t].exp().view({4, 1, 1}) * old;
+      const Tensor error = erase ? v[t] - read(S, k[t]) : v[t];
+      return S + product(k[t], beta[t].unsqueeze(1) * error);
+    });
+    expect_output(finish(o, "o_norm", at::silu(linear("g_proj", x_))));
+  }
 }
 
 TEST_F(Reference, DeltaNetWithTheConvolution) {
