@@ -22,12 +22,13 @@
 #include "gdn/cli/cli.h"
 #include "gdn/generate/engine.h"
 #include "gdn/model/checkpoint.h"
+#include "gdn/model/state_file.h"
 
 namespace gdn {
 namespace {
 
 struct Options {
-  std::string model, prompt, prompt_ids, file, dtype = "fp32";
+  std::string model, prompt, prompt_ids, file, state_in, state_out, dtype = "fp32";
   std::optional<int64_t> max_new_tokens, top_k;
   std::optional<double> temperature, top_p, min_p, repetition_penalty;
   double presence_penalty = 0, frequency_penalty = 0;
@@ -59,6 +60,7 @@ std::vector<int64_t> parse_ids(const std::string& text) {
 std::string read_prompt(const Options& options) {
   if (options.has_prompt) return options.prompt;
   if (!options.file.empty()) return read_text_file(options.file);
+  if (!options.state_in.empty()) return "";  // go on from there
   if (::isatty(STDIN_FILENO)) {
     throw UsageError(
         "no prompt: give --prompt TEXT, --prompt-ids 1,2,3, --file FILE, or text on standard "
@@ -139,17 +141,26 @@ void print_closing_line(const Prefill& prompt, const Generation& sample) {
 }
 
 int run_generate(const Options& options) {
-  const GenerateOptions settings = resolve(options);
+  GenerateOptions settings = resolve(options);
+  settings.keep_state = !options.state_out.empty();
+  if (settings.keep_state && options.num_samples != 1)
+    throw UsageError("--state-out is for one sample: leave --num-samples away");
   if (options.num_samples < 1) throw UsageError("--num-samples must be at least 1");
   LoadedModel loaded = load_model(options.model);
   if (options.dtype == "bf16") loaded.model->set_compute_dtype(at::kBFloat16);
   const Generator generator(*loaded.model, loaded.tokenizer.get());
-  const std::vector<int64_t> ids = options.prompt_ids.empty()
-                                       ? generator.encode(read_prompt(options))
-                                       : parse_ids(options.prompt_ids);
+  std::optional<SavedState> before;
+  if (!options.state_in.empty()) before = load_state(options.state_in, *loaded.model);
+  std::vector<int64_t> ids;
+  if (!options.prompt_ids.empty()) {
+    ids = parse_ids(options.prompt_ids);
+  } else {
+    const std::string text = read_prompt(options);
+    if (!before || !text.empty()) ids = generator.encode(text);
+  }
 
   const InterruptGuard guard;
-  const Prefill prompt = generator.prefill(ids);
+  const Prefill prompt = generator.prefill(ids, before ? &*before : nullptr);
   const auto stream = [&](std::string_view text) {
     if (!options.json && !text.empty()) std::cout << text << std::flush;
     return !interrupted && std::cout.good();
@@ -174,6 +185,8 @@ int run_generate(const Options& options) {
       std::cout << std::endl;
     }
     if (!options.quiet) print_closing_line(prompt, sample);
+    if (settings.keep_state)
+      save_state(options.state_out, *loaded.model, {sample.state, sample.logits.unsqueeze(0)});
   }
   if (interrupted) throw Interrupted("interrupted");
   return 0;
@@ -242,6 +255,16 @@ void add_generate_command(CLI::App& app, Run& run) {
       ->group("Output");
   command->add_flag("-q,--quiet", o->quiet, "No closing line with speeds on standard error")
       ->group("Output");
+  command
+      ->add_option("--state-in", o->state_in,
+                   "Go on from the state in this file; the prompt may then be left away")
+      ->type_name("FILE")
+      ->group("State");
+  command
+      ->add_option("--state-out", o->state_out,
+                   "Write there what the model remembers after the last token")
+      ->type_name("FILE")
+      ->group("State");
   command->add_option("--dtype", o->dtype, "What to compute in: fp32 or bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}))
       ->group("Computation");

@@ -73,16 +73,24 @@ at::Tensor Generator::last_logits(const at::Tensor& ids, ModelState& state) cons
       .contiguous();
 }
 
-Prefill Generator::prefill(std::vector<int64_t> ids) const {
+Prefill Generator::prefill(std::vector<int64_t> ids, const SavedState* before) const {
   const c10::InferenceMode inference;
-  GDN_CHECK(!ids.empty(), "[generate] the prompt has no tokens");
+  GDN_CHECK(!ids.empty() || before != nullptr, "[generate] the prompt has no tokens");
+  GDN_CHECK(before == nullptr || before->logits.size(0) == 1,
+            "[generate] the state to go on from must hold 1 sequence, got ",
+            before == nullptr ? 0 : before->logits.size(0));
   for (const int64_t id : ids) {
     GDN_CHECK(id >= 0 && id < model_.config().vocab_size, "[generate] prompt token ", id,
               " is outside the vocabulary [0, ", model_.config().vocab_size, ")");
   }
   const auto start = Clock::now();
   Prefill result;
-  result.state = model_.zero_state(1);
+  if (before != nullptr) {
+    result.state = before->state.clone();
+    result.logits = before->logits[0].contiguous();
+  } else {
+    result.state = model_.zero_state(1);
+  }
   const at::Tensor all = at::tensor(ids, at::kLong).unsqueeze(0);  // [1,T]
   for (int64_t t = 0; t < all.size(1); t += kPrefillTokens) {
     const int64_t count = std::min(kPrefillTokens, all.size(1) - t);
@@ -152,6 +160,14 @@ Generation Generator::generate(const Prefill& prompt, const GenerateOptions& opt
       prompt.seconds + std::chrono::duration<double>(first - start).count();
   result.decode_seconds = std::chrono::duration<double>(end - first).count();
   result.state_bytes = state.bytes();
+  if (options.keep_state) {
+    // The last token drawn has not been read yet.
+    result.logits =
+        result.ids.empty()
+            ? logits
+            : last_logits(at::tensor({result.ids.back()}, at::kLong).view({1, 1}), state);
+    result.state = std::move(state);
+  }
   return result;
 }
 

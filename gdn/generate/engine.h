@@ -15,6 +15,7 @@
 
 #include "gdn/generate/sampler.h"
 #include "gdn/model/causal_lm.h"
+#include "gdn/model/state_file.h"
 #include "gdn/text/tokenizer.h"
 
 namespace gdn {
@@ -24,6 +25,7 @@ struct GenerateOptions {
   SamplingOptions sampling;
   std::vector<std::string> stop;
   bool ignore_eos = false;
+  bool keep_state = false;  // leave the state behind in Generation
 
   void validate() const;  // throws UsageError
 };
@@ -43,6 +45,9 @@ struct Generation {
   double first_token_seconds = 0;  // from the start of the prefill
   double decode_seconds = 0;       // of all tokens but the first, which the prefill gave
   int64_t state_bytes = 0;
+  // With keep_state: after the prompt and all of ids, and the logits there, fp32 [vocab].
+  ModelState state;
+  at::Tensor logits;
 };
 
 // Called with each piece of text as soon as it is sure (it may be empty); returns false to end the
@@ -57,7 +62,8 @@ class Generator {
   // Tokens of a text; of an empty one the beginning-of-sequence (else end-of-sequence) token.
   std::vector<int64_t> encode(std::string_view text) const;
 
-  Prefill prefill(std::vector<int64_t> ids) const;
+  // Goes on from `before`, which is left as it is, instead of from nothing; then ids may be empty.
+  Prefill prefill(std::vector<int64_t> ids, const SavedState* before = nullptr) const;
   // Sample number `sample` of a prompt: equal arguments give equal results.
   Generation generate(const Prefill& prompt, const GenerateOptions& options, uint64_t sample = 0,
                       const TextSink& sink = {}) const;

@@ -21,6 +21,8 @@
 #include "gdn/mixers/rwkv7/layer.h"
 #include "gdn/mixers/s4d/layer.h"
 #include "gdn/mixers/simple_gla/layer.h"
+#include "gdn/mixers/titans/layer.h"
+#include "gdn/mixers/ttt/layer.h"
 
 namespace gdn {
 
@@ -47,6 +49,12 @@ const std::vector<MixerInfo>& mixers() {
       attention_info(),
       gated_attention_info(),
       mla_info(),
+      ttt_linear_info(),
+      ttt_mlp_info(),
+      titans_lmm_info(),
+      titans_mac_info(),
+      titans_mag_info(),
+      titans_mal_info(),
   };
   // clang-format on
   return all;

@@ -149,5 +149,67 @@ TEST_F(Generate, InfoCountsParametersAndState) {
   EXPECT_EQ(call({"info", "/no/such/model"}).status, 1);
 }
 
+// A run that is cut in two, with the state in a file between, gives what the whole run gives.
+TEST(GenerateState, IsCarriedBetweenRunsByEveryKindOfMixer) {
+  const char* recurrent[] = {"gated_delta_net", "attention",  "ttt_linear", "ttt_mlp",
+                             "titans_lmm",      "titans_mac", "titans_mag", "titans_mal"};
+  for (const char* mixer : recurrent) {
+    testing::seed(6);
+    testing::TempFolder folder;
+    BlockConfig block;
+    block.mixer = mixer;
+    ModelConfig config = testing::tiny_config({block});
+    config.hidden_size = 16;
+    config.vocab_size = 256;
+    const CausalLM model(config);
+    save_model(folder.path(), model, nullptr);
+    const std::string file = folder / "a.state";
+    const auto run = [&](const char* count, std::initializer_list<std::string> more) {
+      std::vector<std::string> words = {"generate", "-m",  folder.path(), "--greedy",
+                                        "-n",       count, "-q",          "--ignore-eos"};
+      words.insert(words.end(), more);
+      return cli_testing::call(words);
+    };
+    const Result whole = run("9", {"--prompt-ids", "72,105,7,9,200"});
+    ASSERT_EQ(whole.status, 0) << whole.err;
+    const Result first = run("4", {"--prompt-ids", "72,105,7,9,200", "--state-out", file});
+    ASSERT_EQ(first.status, 0) << first.err;
+    const Result second = run("5", {"--state-in", file});
+    ASSERT_EQ(second.status, 0) << second.err;
+    const std::string head = first.out.substr(0, first.out.size() - 1);
+    EXPECT_EQ(head + "," + second.out, whole.out) << mixer;
+    // A prompt in two parts.
+    ASSERT_EQ(run("0", {"--prompt-ids", "72,105,7", "--state-out", file}).status, 0);
+    EXPECT_EQ(run("9", {"--state-in", file, "--prompt-ids", "9,200"}).out, whole.out) << mixer;
+  }
+}
+
+TEST(GenerateState, OfAnotherModelIsRefused) {
+  testing::TempFolder a, b, c;
+  testing::seed(1);
+  ModelConfig config = testing::tiny_config();
+  config.vocab_size = 256;
+  save_model(a.path(), CausalLM(config), nullptr);
+  save_model(b.path(), CausalLM(config), nullptr);  // other weights
+  config.norm_eps = 1e-5;
+  save_model(c.path(), CausalLM(config), nullptr);
+  const std::string file = a / "a.state";
+  ASSERT_EQ(call({"generate", "-m", a.path(), "--prompt-ids", "1", "-n", "1", "--state-out", file})
+                .status,
+            0);
+  const auto error = [&](const testing::TempFolder& model, const std::string& path) {
+    const Result result = call({"generate", "-m", model.path(), "-n", "1", "--state-in", path});
+    EXPECT_EQ(result.status, 1);
+    return result.err;
+  };
+  EXPECT_THAT(error(b, file), HasSubstr("was left by a model with other weights"));
+  EXPECT_THAT(error(c, file), HasSubstr("was left by a model of another configuration"));
+  EXPECT_THAT(error(a, a / "model.safetensors"), HasSubstr("is not a saved state"));
+  const Result twice = call(
+      {"generate", "-m", a.path(), "--prompt-ids", "1", "--num-samples", "2", "--state-out", file});
+  EXPECT_EQ(twice.status, 2);
+  EXPECT_THAT(twice.err, HasSubstr("--state-out is for one sample"));
+}
+
 }  // namespace
 }  // namespace gdn

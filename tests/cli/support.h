@@ -4,7 +4,6 @@
 
 #include <gtest/gtest.h>
 
-#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -17,9 +16,9 @@ struct Result {
   std::string out, err;
 };
 
-inline Result call(std::initializer_list<std::string> words) {
+inline Result call(const std::vector<std::string>& words) {
   std::vector<std::string> args = {"gdn"};
-  args.insert(args.end(), words);
+  args.insert(args.end(), words.begin(), words.end());
   std::vector<char*> argv;
   for (std::string& arg : args) argv.push_back(arg.data());
   ::testing::internal::CaptureStdout();

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gdn/mixers/titans/attention.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/index_copy.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gdn/mixers/common/delta_layer.h"
+#include "gdn/ops/common.h"
+#include "gdn/ops/rope.h"
+
+namespace gdn {
+namespace {
+
+// The definition in double: for each token one softmax over the list of keys that it sees.
+at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
+                        const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible) {
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  std::vector<at::Tensor> rows;
+  for (int64_t t = 0; t < q.size(1); ++t) {
+    const at::Tensor query = q.select(1, t).to(at::kDouble).unsqueeze(1);  // [R,1,H,D]
+    at::Tensor keys = k.to(at::kDouble), values = v.to(at::kDouble);
+    if (visible.defined()) {
+      const at::Tensor seen = visible[t].nonzero().squeeze(1);
+      keys = keys.index_select(1, seen);
+      values = values.index_select(1, seen);
+    }
+    at::Tensor scores = (query * keys).sum(3);  // [R,S,H]
+    if (prefix.k.defined()) {
+      const at::Tensor plain = q0.select(1, t).to(at::kDouble).unsqueeze(1);
+      scores = at::cat({(plain * prefix.k.to(at::kDouble).unsqueeze(0)).sum(3), scores}, 1);
+      values = at::cat({prefix.v.to(at::kDouble)
+                            .unsqueeze(0)
+                            .expand({q.size(0), prefix.v.size(0), q.size(2), q.size(3)}),
+                        values},
+                       1);
+    }
+    const at::Tensor weights = at::softmax(scores * scale, 1).unsqueeze(3);
+    rows.push_back((weights * values).sum(1));
+  }
+  return at::stack(rows, 1).to(q.scalar_type());
+}
+
+}  // namespace
+
+at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
+                  const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible,
+                  bool naive) {
+  if (naive) return naive_attend(q, q0, k, v, prefix, visible);
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  const at::Tensor values = v.transpose(1, 2);
+  at::Tensor scores = at::matmul(q.transpose(1, 2) * scale, k.permute({0, 2, 3, 1}));  // [R,H,T,S]
+  if (visible.defined())
+    scores = scores.masked_fill(visible.logical_not(), -std::numeric_limits<double>::infinity());
+  if (!prefix.k.defined()) return at::matmul(at::softmax(scores, -1), values).transpose(1, 2);
+  const int64_t count = prefix.k.size(0);
+  const at::Tensor ahead = at::matmul(q0.transpose(1, 2) * scale, prefix.k.permute({1, 2, 0}));
+  const at::Tensor weights = at::softmax(at::cat({ahead, scores}, -1), -1);
+  return (at::matmul(weights.narrow(3, 0, count), prefix.v.transpose(0, 1)) +
+          at::matmul(weights.narrow(3, count, k.size(1)), values))
+      .transpose(1, 2);
+}
+
+at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive) {
+  if (theta == 0 || x.size(1) == 0) return x;
+  const at::Tensor positions = at::arange(position, position + x.size(1), at::kLong);
+  if (!naive) return ops::rotary(x, positions, theta);
+  const int64_t D = x.size(3), half = D / 2;
+  const at::Tensor exponents =
+      at::arange(half, at::TensorOptions(at::kDouble)) * (-2.0 / static_cast<double>(D));
+  const at::Tensor angles =
+      at::outer(positions.to(at::kDouble), at::pow(theta, exponents)).unsqueeze(1);
+  const at::Tensor cos = angles.cos(), sin = angles.sin();
+  const at::Tensor low = x.narrow(3, 0, half), high = x.narrow(3, half, half);
+  return at::cat({low * cos - high * sin, high * cos + low * sin}, 3).to(x.scalar_type());
+}
+
+WindowAttention::WindowAttention(const Options& options, int64_t in_features, int64_t heads,
+                                 int64_t head_dim)
+    : num_heads_(heads), head_dim_(head_dim) {
+  window_ = options.positive("window_size");
+  rope_theta_ = options.number("rope_theta");
+  options.check(rope_theta_ >= 0, "rope_theta must be positive, or 0 for no positions, got ",
+                rope_theta_);
+  if (head_dim_ % 2 != 0) rope_theta_ = 0;
+  q_proj_ = add_linear(*this, "q_proj", in_features, heads * head_dim);
+  k_proj_ = add_linear(*this, "k_proj", in_features, heads * head_dim);
+  v_proj_ = add_linear(*this, "v_proj", in_features, heads * head_dim);
+}
+
+void WindowAttention::add_zero_state(State& state, int64_t sequences,
+                                     const at::TensorOptions& options) const {
+  for (const char* name : {"window_k", "window_v"})
+    state.set(name, at::zeros({sequences, window_, num_heads_, head_dim_}, options));
+}
+
+// Sequences at the same position `past`. Leaves the ring behind: in place, or as new tensors.
+at::Tensor WindowAttention::run(const at::Tensor& q0, const at::Tensor& k0, const at::Tensor& v,
+                                const PrefixKeys& prefix, int64_t past, Ring* ring, bool in_place,
+                                bool naive) const {
+  const int64_t T = q0.size(1);
+  const at::Tensor q = rotated(q0, past, rope_theta_, naive);
+  at::Tensor keys = rotated(k0, past, rope_theta_, naive), values = v;
+  if (ring != nullptr) {
+    const int64_t count = std::min(past, window_ - 1);
+    auto places = [&](int64_t begin, int64_t end) {
+      return at::arange(begin, end, at::kLong).remainder(window_);
+    };
+    const at::Tensor old = places(past - count, past);
+    const at::Tensor all_keys =
+        at::cat({ring->k.index_select(1, old).to(keys.scalar_type()), keys}, 1);
+    const at::Tensor all_values =
+        at::cat({ring->v.index_select(1, old).to(v.scalar_type()), values}, 1);
+    const int64_t fresh = std::min(T, window_);
+    const at::Tensor at = places(past + T - fresh, past + T);
+    const at::Tensor new_k = keys.narrow(1, T - fresh, fresh).to(ring->k.scalar_type());
+    const at::Tensor new_v = values.narrow(1, T - fresh, fresh).to(ring->v.scalar_type());
+    if (in_place) {
+      ring->k.index_copy_(1, at, new_k);
+      ring->v.index_copy_(1, at, new_v);
+    } else {
+      ring->k = at::index_copy(ring->k, 1, at, new_k);
+      ring->v = at::index_copy(ring->v, 1, at, new_v);
+    }
+    keys = all_keys;
+    values = all_values;
+  }
+  // Blocks of queries with the keys they can see, so that the cost grows with T times the window.
+  const int64_t S = keys.size(1), block = std::max<int64_t>(window_, 64);
+  std::vector<at::Tensor> outs;
+  for (int64_t begin = 0; begin < T; begin += block) {
+    const int64_t end = std::min(begin + block, T);
+    const int64_t last = S - T + end, first = std::max<int64_t>(S - T + begin - window_ + 1, 0);
+    at::Tensor visible;
+    if (end - begin > 1) {
+      const at::Tensor i = at::arange(S - T + begin, last, at::kLong).unsqueeze(1);
+      const at::Tensor j = at::arange(first, last, at::kLong).unsqueeze(0);
+      visible = (j <= i).logical_and(j > i - window_);
+    }
+    outs.push_back(attend(q.slice(1, begin, end), q0.slice(1, begin, end),
+                          keys.slice(1, first, last), values.slice(1, first, last), prefix, visible,
+                          naive));
+  }
+  return outs.empty() ? q : at::cat(outs, 1);
+}
+
+at::Tensor WindowAttention::forward(const at::Tensor& x, const at::Tensor& persistent,
+                                    const at::Tensor& before, StateAccess& state, bool naive) {
+  const int64_t B = x.size(0), T = x.size(1), N = state.num_sequences();
+  auto heads = [&](const at::Tensor& t) {
+    return t.view({t.size(0), t.size(1), num_heads_, head_dim_});
+  };
+  const at::Tensor q = heads(q_proj_->forward(x)), k = heads(k_proj_->forward(x)),
+                   v = heads(v_proj_->forward(x));
+  PrefixKeys prefix;
+  if (persistent.defined() && persistent.size(0) > 0) {
+    prefix.k = heads(k_proj_->forward(persistent.unsqueeze(0))).squeeze(0);
+    prefix.v = heads(v_proj_->forward(persistent.unsqueeze(0))).squeeze(0);
+  }
+  const at::Tensor cu = ops::host_cu_seqlens("window_attention", state.cu_seqlens(), T);
+  const int64_t* ends = ops::data_or_null(cu);
+  const int64_t* slots = ops::data_or_null(state.slots());
+  const int64_t* position = before.const_data_ptr<int64_t>();
+  bool together = ends == nullptr && slots == nullptr;
+  for (int64_t n = 1; together && n < N; ++n) together = position[n] == position[0];
+  std::vector<at::Tensor> outs, ks, vs;
+  auto group = [&](int64_t row, int64_t rows, int64_t past, const at::Tensor& gq,
+                   const at::Tensor& gk, const at::Tensor& gv) {
+    if (!state.given()) {
+      outs.push_back(run(gq, gk, gv, prefix, past, nullptr, false, naive));
+      return;
+    }
+    Ring ring = {state.pool("window_k").narrow(0, row, rows),
+                 state.pool("window_v").narrow(0, row, rows)};
+    outs.push_back(run(gq, gk, gv, prefix, past, &ring, !state.with_grad(), naive));
+    ks.push_back(ring.k);
+    vs.push_back(ring.v);
+  };
+  if (together) {
+    group(0, N, N > 0 ? position[0] : 0, q, k, v);
+  } else {
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t row = slots != nullptr ? slots[n] : n;
+      auto part = [&](const at::Tensor& t) {
+        return ends != nullptr ? t.slice(1, ends[n], ends[n + 1]) : t.narrow(0, n, 1);
+      };
+      if (row < 0) {  // no sequence here
+        outs.push_back(at::zeros({1, T, num_heads_, head_dim_}, q.options()));
+      } else {
+        group(row, 1, position[n], part(q), part(k), part(v));
+      }
+    }
+  }
+  if (state.with_grad() && state.given()) {
+    state.write("window_k", at::cat(ks, 0));
+    state.write("window_v", at::cat(vs, 0));
+  }
+  return at::cat(outs, ends != nullptr ? 1 : 0).reshape({B, T, num_heads_ * head_dim_});
+}
+
+std::vector<MixerOption> branch_gate_options() {
+  return {
+      {"gate", "memory",
+       "how attention y and memory m are combined, both normed: memory: y act(m), both: act(y) "
+       "act(m), or product: act(y m)"},
+      {"gate_activation", "sigmoid", "act of the gate: sigmoid or silu"},
+  };
+}
+
+BranchGate::BranchGate(const Options& options, int64_t width, double eps) {
+  silu_ = options.text("gate_activation", {"sigmoid", "silu"}) == "silu";
+  const std::string gate = options.text("gate", {"memory", "both", "product"});
+  both_ = gate == "both";
+  product_ = gate == "product";
+  y_norm_ = register_module("y_norm", std::make_shared<RmsNorm>(width, eps));
+  m_norm_ = register_module("m_norm", std::make_shared<RmsNorm>(width, eps));
+}
+
+at::Tensor BranchGate::forward(const at::Tensor& y, const at::Tensor& m, bool naive) {
+  auto act = [&](const at::Tensor& t) { return silu_ ? at::silu(t) : at::sigmoid(t); };
+  const at::Tensor a = y_norm_->forward(y, naive), b = m_norm_->forward(m, naive);
+  if (product_) return act(a * b);
+  return (both_ ? act(a) : a) * act(b);
+}
+
+}  // namespace gdn
