@@ -42,7 +42,8 @@ class Pool {
     for (auto& t : threads_) t.join();
   }
 
-  // Runs `work` on this thread and on `helpers` others, and returns when all are through.
+  // Runs `work` on this thread and on up to `helpers` others, and returns when all that have begun
+  // are through: who wakes too late to find work is not waited for.
   void run(int64_t helpers, const std::function<void()>& work) {
     std::unique_lock busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) return work();
@@ -53,12 +54,13 @@ class Pool {
         threads_.emplace_back([this, index, seen = call_] { loop(index, seen); });
       }
       work_ = &work;
-      helpers_ = running_ = helpers;
+      helpers_ = helpers;
       ++call_;
     }
     wake_.notify_all();
     work();
     std::unique_lock lock(mutex_);
+    helpers_ = 0;
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
@@ -71,6 +73,7 @@ class Pool {
       seen = call_;
       if (index >= helpers_) continue;
       const std::function<void()>& work = *work_;
+      ++running_;
       lock.unlock();
       work();
       lock.lock();

@@ -161,7 +161,7 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
     return slot < 0 ? nullptr : static_cast<S*>(pool.states) + (slot * HV + task % HV) * size;
   };
   // Fetching the next state ahead costs more than it gives where the states are in a cache anyway.
-  constexpr int64_t kCached = 12 << 20;
+  constexpr int64_t kCached = 24 << 20;
   const bool fetch = params.num_sequences * HV * size * static_cast<int64_t>(sizeof(S)) > kCached;
   // Several small states per task: handing one out costs more than updating it.
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / size);
