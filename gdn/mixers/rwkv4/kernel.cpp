@@ -102,56 +102,70 @@ HWY_INLINE void advance(D d, WkvState<V>& s, V w, V k, V v) {
   s.o = e.m;
 }
 
-// The inputs and outputs of one chunk of tokens for a tile of channels, [kWkvChunk, kTile] each,
-// and the state of the walk, [3, kTile].
+// The inputs and outputs of one chunk of tokens for a tile of channels, [kWkvChunk, kTile] each.
 template <typename A>
 struct WkvTile {
-  std::vector<A> k, v, y, state;
-  WkvTile() : k(kWkvChunk * kTile), v(k.size()), y(k.size()), state(3 * kTile) {}
+  std::vector<A> k, v, y;
+  WkvTile() : k(kWkvChunk * kTile), v(k.size()), y(k.size()) {}
 };
 
+// A task's tiles go along the tokens together, chunk by chunk, so that memory is read in large
+// pieces: whole rows of kWkvChunk tokens where one task has all tiles.
 template <typename T>
 void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
   using A = Acc<T>;
   const int64_t C = p.channels, tiles = (C + kTile - 1) / kTile;
-  const A* initial = static_cast<const A*>(p.initial);
   parallel_for(0, p.num_sequences * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
     WkvTile<A> tile;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / tiles, first = task % tiles * kTile;
-      const int64_t width = std::min(kTile, C - first);
+    std::vector<A> states(std::min(tiles, end - begin) * 3 * kTile);
+    for (int64_t task = begin, count = 0; task < end; task += count) {
+      const int64_t n = task / tiles, from = task % tiles;
+      count = std::min(tiles - from, end - task);
       const Span seq = wkv::sequence(p, n);
+      const A* initial = static_cast<const A*>(p.initial);
+      if (initial != nullptr) initial += n * 3 * C;
       A* keep = saved == nullptr ? nullptr : saved + wkv::first_chunk(p, n) * 3 * C;
-      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
-        store_state(d,
-                    load_state(d, initial == nullptr ? initial : initial + n * 3 * C, C, first + i),
-                    tile.state.data(), kTile, i);
-      });
-      for (int64_t t = seq.begin; t < seq.end; t += kWkvChunk) {
-        const int64_t rows = std::min(seq.end - t, kWkvChunk), at = t * C + first;
-        load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
-        load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
-        for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
-          const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + first + i);
-          const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + first + i);
-          auto s = load_state(d, tile.state.data(), kTile, i);
-          if (keep != nullptr) store_state(d, s, keep, C, first + i);
-          for (int64_t r = 0; r < rows; ++r) {
-            const auto k = hn::LoadU(d, tile.k.data() + r * kTile + i);
-            const auto v = hn::LoadU(d, tile.v.data() + r * kTile + i);
-            hn::StoreU(read(d, s, u, k, v), d, tile.y.data() + r * kTile + i);
-            advance(d, s, w, k, v);
-          }
-          store_state(d, s, tile.state.data(), kTile, i);
+      // f(d, c, i, state) for the channels c of tile j, at i within it
+      const auto for_channels = [&](int64_t j, auto&& f) HWY_ATTR {
+        const int64_t first = (from + j) * kTile;
+        for_lanes<A>(std::min(kTile, C - first), [&](auto d, int64_t i) HWY_ATTR {
+          f(d, first + i, i, states.data() + j * 3 * kTile);
         });
-        if (keep != nullptr) keep += 3 * C;
-        store_block(tile.y.data(), C, rows, width, y + at);
+      };
+      for (int64_t j = 0; j < count; ++j) {
+        for_channels(j, [&](auto d, int64_t c, int64_t i, A* state) HWY_ATTR {
+          store_state(d, load_state(d, initial, C, c), state, kTile, i);
+        });
       }
-      if (final_state == nullptr) continue;
-      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
-        store_state(d, load_state(d, tile.state.data(), kTile, i), final_state + n * 3 * C, C,
-                    first + i);
-      });
+      for (int64_t t = seq.begin; t < seq.end; t += kWkvChunk) {
+        const int64_t rows = std::min(seq.end - t, kWkvChunk);
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
+          const int64_t at = t * C + first;
+          load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
+          load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
+          for_channels(j, [&](auto d, int64_t c, int64_t i, A* state) HWY_ATTR {
+            const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + c);
+            const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + c);
+            auto s = load_state(d, state, kTile, i);
+            if (keep != nullptr) store_state(d, s, keep, C, c);
+            for (int64_t r = 0; r < rows; ++r) {
+              const auto k = hn::LoadU(d, tile.k.data() + r * kTile + i);
+              const auto v = hn::LoadU(d, tile.v.data() + r * kTile + i);
+              hn::StoreU(read(d, s, u, k, v), d, tile.y.data() + r * kTile + i);
+              advance(d, s, w, k, v);
+            }
+            store_state(d, s, state, kTile, i);
+          });
+          store_block(tile.y.data(), C, rows, width, y + at);
+        }
+        if (keep != nullptr) keep += 3 * C;
+      }
+      for (int64_t j = 0; final_state != nullptr && j < count; ++j) {
+        for_channels(j, [&](auto d, int64_t c, int64_t i, A* state) HWY_ATTR {
+          store_state(d, load_state(d, state, kTile, i), final_state + n * 3 * C, C, c);
+        });
+      }
     }
   });
 }
@@ -175,20 +189,18 @@ HWY_INLINE WkvGradState<hn::Vec<D>> start_gradient(D d, const WkvState<hn::Vec<D
   return {gp, gq, hn::Neg(last.o), largest};
 }
 
-// What backward needs of one chunk beside the inputs: dy, dk, dv [kWkvChunk, kTile]; the states
-// before each token, for one vector of channels; of the walk the gradients [4, kTile] and sums
-// [kTile].
+// What backward needs of one chunk beside the inputs: dy, dk, dv [kWkvChunk, kTile], and the states
+// before each token, for one vector of channels.
 template <typename A>
 struct WkvGradTile : WkvTile<A> {
-  std::vector<A> dy, dk, dv, states, grad, dw, du;
-  WkvGradTile()
-      : dy(kWkvChunk * kTile),
-        dk(dy.size()),
-        dv(dy.size()),
-        states(3 * dy.size()),
-        grad(4 * kTile),
-        dw(kTile),
-        du(kTile) {}
+  std::vector<A> dy, dk, dv, states;
+  WkvGradTile() : dy(kWkvChunk * kTile), dk(dy.size()), dv(dy.size()), states(3 * dy.size()) {}
+};
+
+// What a tile carries along the tokens: gradients [4, kTile] and sums [kTile].
+template <typename A>
+struct WkvWalk {
+  A grad[4 * kTile] = {}, dw[kTile] = {}, du[kTile] = {};
 };
 
 template <class D, typename A>
@@ -214,7 +226,7 @@ HWY_INLINE WkvGradState<hn::Vec<D>> load_gradient(D d, const A* from, int64_t i)
 template <class D, typename A>
 HWY_INLINE void unwind(D d, int64_t i, int64_t rows, hn::Vec<D> w, hn::Vec<D> u,
                        WkvState<hn::Vec<D>> s, bool last, const A* d_final, int64_t channels,
-                       int64_t c, WkvGradTile<A>& tile) {
+                       int64_t c, WkvGradTile<A>& tile, WkvWalk<A>& walk) {
   using V = hn::Vec<D>;
   const int64_t lanes = hn::Lanes(d);
   for (int64_t r = 0; r < rows; ++r) {
@@ -222,9 +234,8 @@ HWY_INLINE void unwind(D d, int64_t i, int64_t rows, hn::Vec<D> w, hn::Vec<D> u,
     advance(d, s, w, hn::LoadU(d, tile.k.data() + r * kTile + i),
             hn::LoadU(d, tile.v.data() + r * kTile + i));
   }
-  auto grad =
-      last ? start_gradient(d, s, d_final, channels, c) : load_gradient(d, tile.grad.data(), i);
-  V dw = hn::LoadU(d, tile.dw.data() + i), du = hn::LoadU(d, tile.du.data() + i);
+  auto grad = last ? start_gradient(d, s, d_final, channels, c) : load_gradient(d, walk.grad, i);
+  V dw = hn::LoadU(d, walk.dw + i), du = hn::LoadU(d, walk.du + i);
   for (int64_t r = rows - 1; r >= 0; --r) {
     const V k = hn::LoadU(d, tile.k.data() + r * kTile + i);
     const V v = hn::LoadU(d, tile.v.data() + r * kTile + i);
@@ -256,50 +267,56 @@ HWY_INLINE void unwind(D d, int64_t i, int64_t rows, hn::Vec<D> w, hn::Vec<D> u,
     grad.gq = hn::NegMulAdd(fresh, y, hn::Mul(next.a, grad.gq));
     grad.o = next.m;
   }
-  store_gradient(d, grad, tile.grad.data(), i);
-  hn::StoreU(dw, d, tile.dw.data() + i);
-  hn::StoreU(du, d, tile.du.data() + i);
+  store_gradient(d, grad, walk.grad, i);
+  hn::StoreU(dw, d, walk.dw + i);
+  hn::StoreU(du, d, walk.du + i);
 }
 
-// Sequence n of the channels from `first` on.
+// Sequence n of the `count` tiles from `from` on, together as in forward.
 template <typename T>
-void unwind_sequence(const WkvParams& p, int64_t n, int64_t first, const Acc<T>* saved,
-                     const WkvGrads& g, WkvGradTile<Acc<T>>& tile) {
+void unwind_sequence(const WkvParams& p, int64_t n, int64_t from, int64_t count,
+                     const Acc<T>* saved, const WkvGrads& g, WkvGradTile<Acc<T>>& tile,
+                     WkvWalk<Acc<T>>* walks) {
   using A = Acc<T>;
-  const int64_t C = p.channels, width = std::min(kTile, C - first);
+  const int64_t C = p.channels;
   const Span seq = wkv::sequence(p, n);
   const A* d_final = g.d_final == nullptr ? nullptr : static_cast<const A*>(g.d_final) + n * 3 * C;
   const A* initial = p.initial == nullptr ? nullptr : static_cast<const A*>(p.initial) + n * 3 * C;
   for (int64_t chunk = wkv::chunks_of(seq) - 1; chunk >= 0; --chunk) {
     const int64_t t = seq.begin + chunk * kWkvChunk, rows = std::min(seq.end - t, kWkvChunk);
-    const int64_t at = t * C + first;
-    load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
-    load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
-    if (g.dy != nullptr)
-      load_block(static_cast<const T*>(g.dy) + at, C, rows, width, tile.dy.data());
-    for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
-      unwind(d, i, rows, hn::LoadU(d, static_cast<const A*>(p.w) + first + i),
-             hn::LoadU(d, static_cast<const A*>(p.u) + first + i),
-             load_state(d, saved + chunk * 3 * C, C, first + i), t + rows == seq.end, d_final, C,
-             first + i, tile);
-    });
-    store_block(tile.dk.data(), C, rows, width, static_cast<T*>(g.dk) + at);
-    store_block(tile.dv.data(), C, rows, width, static_cast<T*>(g.dv) + at);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
+      const int64_t at = t * C + first;
+      load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
+      load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
+      if (g.dy != nullptr)
+        load_block(static_cast<const T*>(g.dy) + at, C, rows, width, tile.dy.data());
+      for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
+        unwind(d, i, rows, hn::LoadU(d, static_cast<const A*>(p.w) + first + i),
+               hn::LoadU(d, static_cast<const A*>(p.u) + first + i),
+               load_state(d, saved + chunk * 3 * C, C, first + i), t + rows == seq.end, d_final, C,
+               first + i, tile, walks[j]);
+      });
+      store_block(tile.dk.data(), C, rows, width, static_cast<T*>(g.dk) + at);
+      store_block(tile.dv.data(), C, rows, width, static_cast<T*>(g.dv) + at);
+    }
   }
-  if (g.d_initial == nullptr) return;
-  for_lanes<A>(width, [&](auto d, int64_t i) HWY_ATTR {
-    using V = hn::Vec<decltype(d)>;
-    const auto before = load_state(d, initial, C, first + i);
-    const auto grad = seq.begin == seq.end ? start_gradient(d, before, d_final, C, first + i)
-                                           : load_gradient(d, tile.grad.data(), i);
-    const auto seen = hn::Ne(before.q, hn::Zero(d));
-    const V e0 = hn::IfThenElseZero(seen, exp_nonpositive(d, hn::Add(before.o, grad.o)));
-    const V dp = hn::Mul(e0, grad.gp), dq = hn::Mul(e0, grad.gq);
-    const V d_o = hn::Add(hn::MulAdd(before.p, dp, hn::Mul(before.q, dq)),
-                          hn::IfThenElseZero(seen, grad.largest));
-    store_state(d, WkvState<V>{dp, dq, d_o}, static_cast<A*>(g.d_initial) + n * 3 * C, C,
-                first + i);
-  });
+  for (int64_t j = 0; g.d_initial != nullptr && j < count; ++j) {
+    const int64_t first = (from + j) * kTile;
+    for_lanes<A>(std::min(kTile, C - first), [&](auto d, int64_t i) HWY_ATTR {
+      using V = hn::Vec<decltype(d)>;
+      const auto before = load_state(d, initial, C, first + i);
+      const auto grad = seq.begin == seq.end ? start_gradient(d, before, d_final, C, first + i)
+                                             : load_gradient(d, walks[j].grad, i);
+      const auto seen = hn::Ne(before.q, hn::Zero(d));
+      const V e0 = hn::IfThenElseZero(seen, exp_nonpositive(d, hn::Add(before.o, grad.o)));
+      const V dp = hn::Mul(e0, grad.gp), dq = hn::Mul(e0, grad.gq);
+      const V d_o = hn::Add(hn::MulAdd(before.p, dp, hn::Mul(before.q, dq)),
+                            hn::IfThenElseZero(seen, grad.largest));
+      store_state(d, WkvState<V>{dp, dq, d_o}, static_cast<A*>(g.d_initial) + n * 3 * C, C,
+                  first + i);
+    });
+  }
 }
 
 template <typename T>
@@ -311,15 +328,18 @@ void backward(const WkvParams& p, const Acc<T>* saved, const WkvGrads& g) {
   std::vector<A> partial(groups.count() * 2 * C);
   parallel_for(0, groups.count() * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
     WkvGradTile<A> tile;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / tiles, first = task % tiles * kTile;
-      std::fill(tile.dw.begin(), tile.dw.end(), A{0});
-      std::fill(tile.du.begin(), tile.du.end(), A{0});
+    for (int64_t task = begin, count = 0; task < end; task += count) {
+      const int64_t group = task / tiles, from = task % tiles;
+      count = std::min(tiles - from, end - task);
+      std::vector<WkvWalk<A>> walks(count);
       for (int64_t n = groups.begin(group); n < groups.end(group); ++n)
-        unwind_sequence<T>(p, n, first, saved + wkv::first_chunk(p, n) * 3 * C, g, tile);
-      const int64_t width = std::min(kTile, C - first);
-      std::copy_n(tile.dw.data(), width, partial.data() + group * 2 * C + first);
-      std::copy_n(tile.du.data(), width, partial.data() + (group * 2 + 1) * C + first);
+        unwind_sequence<T>(p, n, from, count, saved + wkv::first_chunk(p, n) * 3 * C, g, tile,
+                           walks.data());
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
+        std::copy_n(walks[j].dw, width, partial.data() + group * 2 * C + first);
+        std::copy_n(walks[j].du, width, partial.data() + (group * 2 + 1) * C + first);
+      }
     }
   });
   for (int64_t c = 0; c < C; ++c) {
