@@ -33,12 +33,11 @@ test-all: setup $(BUILD)/build.ninja  ## the same with the slow tests, and the m
 	scripts/test.sh $(BUILD) --all
 	$(MAKE) asan
 
-bench: setup  ## build and run the kernel benchmarks
-	cmake --preset release -DGDN_BENCH=ON
+bench: setup  ## run all benchmarks (about 15 minutes): bench/results/, tables and pictures of docs/performance.md
+	cmake --preset release -DGDN_PCH=ON -DGDN_BENCH=ON
 	$(call NINJA,$(BUILD))
-	@for program in $(BUILD)/bench/bench_*; do echo "== $$program"; $$program || exit 1; done
-	@if $(PYTHON) -c 'import transformers' 2>/dev/null; then $(PYTHON) bench/peers.py; \
-	  else echo "bench/peers.py compares with transformers: .venv/bin/pip install transformers"; fi
+	$(PYTHON) tools/bench.py run --build $(BUILD)
+	$(PYTHON) tools/bench.py report
 
 asan: setup  ## AddressSanitizer and UBSan: torch-free kernels, parsers, short fuzzing
 	cmake --preset asan

@@ -82,6 +82,7 @@ int run(std::vector<std::string> args) {
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();
   Run chosen;
+  add_bench_command(app, chosen);
   add_demo_command(app, chosen);
   add_eval_command(app, chosen);
   add_generate_command(app, chosen);

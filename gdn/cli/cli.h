@@ -23,6 +23,7 @@ class Interrupted : public std::runtime_error {
 // What the chosen command does once all flags are read; returns the exit status.
 using Run = std::function<int()>;
 
+void add_bench_command(CLI::App& app, Run& run);
 void add_demo_command(CLI::App& app, Run& run);
 void add_eval_command(CLI::App& app, Run& run);
 void add_generate_command(CLI::App& app, Run& run);

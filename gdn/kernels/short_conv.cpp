@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "gdn/base/check.h"
@@ -351,17 +352,33 @@ void step(const ShortConvParams& p, T* pool, const int64_t* slots, T* y) {
   });
 }
 
+// Calls f with the width as a constant where it is a usual one, so that windows stay in registers,
+// else with 0.
+template <class F>
+void dispatch_width(int width, const F& f) {
+  switch (width) {
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    default:
+      return f(std::integral_constant<int, 0>());
+  }
+}
+
 void short_conv_forward_any(const ShortConvParams& p, void* y) {
   dispatch_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.width == 4 ? forward<T, 4>(p, static_cast<T*>(y)) : forward<T, 0>(p, static_cast<T*>(y));
+    dispatch_width(p.width, [&](auto w) { forward<T, w.value>(p, static_cast<T*>(y)); });
   });
 }
 
 void short_conv_backward_any(const ShortConvParams& p, const ShortConvGrads& grads) {
   dispatch_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.width == 4 ? backward<T, 4>(p, grads) : backward<T, 0>(p, grads);
+    dispatch_width(p.width, [&](auto w) { backward<T, w.value>(p, grads); });
   });
 }
 

@@ -4,12 +4,12 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/nonzero.h>
 #include <c10/core/GradMode.h>
 
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -18,7 +18,8 @@
 #include "gdn/model/feed_forward.h"
 #include "gdn/model/recompute.h"
 #include "gdn/ops/common.h"
-#include "gdn/ops/cross_entropy.h"
+#include "gdn/ops/linear.h"
+#include "gdn/ops/linear_cross_entropy.h"
 
 namespace gdn {
 namespace {
@@ -92,6 +93,7 @@ class Block : public torch::nn::Module {
 // fla: normal weights and no bias for every linear map, convolution and embedding; the rest keeps
 // what its module chose.
 void initialize(torch::nn::Module& model, double range) {
+  if (SkipInitialization::active()) return;
   c10::NoGradGuard no_grad;
   const auto reset = [range](at::Tensor weight, at::Tensor bias) {
     weight.normal_(0.0, range);
@@ -145,14 +147,18 @@ struct CausalLM::Impl {
   std::vector<std::shared_ptr<Block>> blocks;
   std::shared_ptr<RmsNorm> norm;
   std::shared_ptr<Linear> lm_head;  // null: tied
+  CastCache tied_head;
   at::ScalarType dtype = at::kFloat;
   bool checkpointing = false;
   bool naive = false;
 
   // Logits in the dtype of `hidden`.
-  at::Tensor head(const at::Tensor& hidden) const {
-    const at::Tensor& weight = lm_head ? lm_head->weight : embeddings->weight;
-    return at::linear(hidden, weight.to(hidden.scalar_type()));
+  at::Tensor head(const at::Tensor& hidden) {
+    if (lm_head) return lm_head->forward(hidden);
+    const at::Tensor& weight = embeddings->weight;
+    if (!ops::is_few_rows(hidden)) return ops::linear(hidden, weight.to(hidden.scalar_type()));
+    const ops::Projection tied = tied_head.get(weight, {}, hidden.scalar_type());
+    return ops::few_rows(hidden, std::span(&tied, 1))[0];
   }
 
   // Runs block i, keeping only its inputs for backward.
@@ -271,7 +277,8 @@ at::Tensor CausalLM::loss(const at::Tensor& ids, const at::Tensor& targets,
     h = at::index_select(h, 0, scored);
     flat_targets = at::index_select(flat_targets, 0, scored);
   }
-  const at::Tensor loss = std::get<0>(ops::cross_entropy(impl_->head(h), flat_targets)).mean();
+  const at::Tensor& weight = impl_->lm_head ? impl_->lm_head->weight : impl_->embeddings->weight;
+  const at::Tensor loss = ops::linear_cross_entropy(h, weight, flat_targets);
   const at::Tensor& auxiliary = with_shared.shared->auxiliary_loss;
   return c10::GradMode::is_enabled() && auxiliary.defined() ? loss + auxiliary : loss;
 }

@@ -11,6 +11,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/base/file.h"
+#include "gdn/mixers/common/modules.h"
 #include "gdn/model/safetensors.h"
 #include "gdn/ops/common.h"
 
@@ -158,6 +159,7 @@ LoadedModel load_model(const std::string& folder) {
   LoadedModel loaded;
   ModelConfig config = load_model_config(folder);
   try {
+    const SkipInitialization skip;  // load_weights below fills every parameter, or throws
     loaded.model = std::make_shared<CausalLM>(std::move(config));
   } catch (const UsageError& wrong) {
     throw Error(str_cat("[load_model] ", folder, "/config.json: ", wrong.what()));

@@ -17,6 +17,7 @@
 #include <c10/core/GradMode.h>
 
 #include <string>
+#include <vector>
 
 #include "gdn/mixers/common/token_shift.h"
 #include "gdn/mixers/rwkv4/layer.h"
@@ -34,7 +35,8 @@ SwiGlu::SwiGlu(int64_t hidden_size, int64_t intermediate_size) {
 }
 
 at::Tensor SwiGlu::forward(const at::Tensor& x, const Context&) {
-  const at::Tensor gate = gate_proj_->forward(x), up = up_proj_->forward(x);
+  const std::vector<at::Tensor> projected = forward_all(x, {gate_proj_.get(), up_proj_.get()});
+  const at::Tensor &gate = projected[0], &up = projected[1];
   return down_proj_->forward(naive_ ? at::silu(gate) * up : ops::swiglu(gate, up));
 }
 

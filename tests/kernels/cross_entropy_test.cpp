@@ -69,7 +69,7 @@ TYPED_TEST_SUITE(CrossEntropyTest, testing::StorageTypes);
 
 TYPED_TEST(CrossEntropyTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;
-  const double acc_tolerance = std::is_same_v<T, double> ? 1e-13 : 2e-6;
+  const double acc_tolerance = testing::acc_tolerance<T>(2e-6);
   testing::for_each_target([&](const std::string& target) {
     for (const auto& [rows, vocab] : {std::pair{3, 1}, {6, 5}, {9, 100}, {4, 1031}}) {
       const Data<T> data(rows, vocab);

@@ -88,17 +88,18 @@ TYPED_TEST_SUITE(GateTest, testing::StorageTypes);
 
 TYPED_TEST(GateTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;
-  const double acc_tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
   testing::for_each_target([&](const std::string& target) {
     for (const Case& c : kCases) {
       const Data<T> data(c);
       const Results<T> fast = run(data);
       const Results<double> naive = run_naive(data);
       const std::string what = target + " " + c.name;
-      testing::expect_close(fast.g, naive.g, acc_tolerance, what + " g");
+      testing::expect_close(fast.g, naive.g, testing::acc_tolerance<T>(), what + " g");
       testing::expect_close(fast.da, naive.da, tolerance<T>(), what + " da");
-      testing::expect_close(fast.dA_log, naive.dA_log, acc_tolerance, what + " dA_log");
-      testing::expect_close(fast.ddt_bias, naive.ddt_bias, acc_tolerance, what + " ddt_bias");
+      testing::expect_close(fast.dA_log, naive.dA_log, testing::acc_tolerance<T>(),
+                            what + " dA_log");
+      testing::expect_close(fast.ddt_bias, naive.ddt_bias, testing::acc_tolerance<T>(),
+                            what + " ddt_bias");
     }
   });
 }
@@ -124,8 +125,7 @@ TYPED_TEST(GateTest, BetaEqualsTheOracleOnEveryTarget) {
       beta_backward(p, dbeta.data(), db.data());
       beta_naive_forward(p, beta_naive.data());
       beta_naive_backward(p, to_double(dbeta).data(), db_naive.data());
-      testing::expect_close(beta, beta_naive, std::is_same_v<T, double> ? 1e-12 : 1e-5,
-                            target + " beta");
+      testing::expect_close(beta, beta_naive, testing::acc_tolerance<T>(), target + " beta");
       testing::expect_close(db, db_naive, tolerance<T>(), target + " db");
     }
   });

@@ -45,6 +45,12 @@ double tolerance() {
   return std::is_same_v<T, BFloat16> ? 0x1.1p-8 : 0x1.1p-11;
 }
 
+// The same for results of storage type T's kernels that stay in the accumulation type: sums, gates.
+template <typename T>
+double acc_tolerance(double fp32 = 1e-5) {
+  return std::is_same_v<T, double> ? 1e-12 : fp32;
+}
+
 // |actual - expected| <= tol * (|expected| + root mean square of expected) for every element.
 template <typename T>
 void expect_close(const std::vector<T>& actual, const std::vector<double>& expected, double tol,

@@ -24,7 +24,8 @@ LOWER = {
     "model": {"base", "kernels", "ops", "mixers", "text"},
 }
 LOWER["train"] = LOWER["generate"] = LOWER["eval"] = LOWER["model"] | {"model"}
-LOWER["serve"] = LOWER["cli"] = LOWER["train"] | {"train", "generate", "eval", "serve"}
+LOWER["serve"] = LOWER["cli"] = LOWER["train"] | {"train", "generate", "eval", "serve", "bench"}
+LOWER["bench"] = LOWER["train"] | {"train", "generate"}
 LOWER["python"] = LOWER["cli"]
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2)/")
@@ -49,6 +50,7 @@ def is_torch_free(path: str) -> bool:
     patterns = (
         r"gdn/(base|kernels|text)/",
         r"gdn/mixers/[^/]+/kernel",
+        r"gdn/bench/ceilings",
         r"gdn/model/(config|safetensors)[^/]*$",
         r"gdn/train/config[^/]*$",
         r"tests/(base|kernels|formats|text)/",

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/common/delta_mixer.h"
 
+#include <vector>
+
 namespace gdn {
 
 DeltaMixer::DeltaMixer(const char* name, const MixerArgs& args)
@@ -38,7 +40,8 @@ State DeltaMixer::zero_state(int64_t sequences, const at::TensorOptions& options
 
 DeltaInputs DeltaMixer::project(const at::Tensor& x, StateAccess& state) const {
   const int64_t B = x.size(0), T = x.size(1);
-  at::Tensor q = q_proj_->forward(x), k = k_proj_->forward(x), v = v_proj_->forward(x);
+  std::vector<at::Tensor> qkv = forward_all(x, {q_proj_.get(), k_proj_.get(), v_proj_.get()});
+  at::Tensor &q = qkv[0], &k = qkv[1], &v = qkv[2];
   if (convolution_) convolution_->forward(q, k, v, state, naive_);
   DeltaInputs in;
   in.q = q.view({B, T, sizes_.H, sizes_.K});

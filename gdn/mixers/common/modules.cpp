@@ -4,7 +4,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/rsqrt.h>
@@ -19,15 +18,19 @@
 #include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/ops/linear.h"
 #include "gdn/ops/norm.h"
 #include "gdn/ops/short_conv.h"
 
 namespace gdn {
 namespace {
 
+thread_local bool skip_initialization = false;
+
 // torch.nn's default for weights and biases of that fan-in.
 at::Tensor uniform_parameter(at::IntArrayRef sizes, int64_t fan_in) {
   c10::NoGradGuard no_grad;
+  if (SkipInitialization::active()) return at::empty(sizes, at::kFloat);
   const double bound = 1.0 / std::sqrt(static_cast<double>(fan_in));
   return at::empty(sizes, at::kFloat).uniform_(-bound, bound);
 }
@@ -44,10 +47,47 @@ Linear::Linear(int64_t in_features, int64_t out_features, bool with_bias) {
   if (with_bias) bias = register_parameter("bias", uniform_parameter({out_features}, in_features));
 }
 
+SkipInitialization::SkipInitialization() : before_(skip_initialization) {
+  skip_initialization = true;
+}
+SkipInitialization::~SkipInitialization() { skip_initialization = before_; }
+bool SkipInitialization::active() { return skip_initialization; }
+
+ops::Projection CastCache::get(const at::Tensor& weight, const at::Tensor& bias,
+                               at::ScalarType dtype) {
+  if (weight.scalar_type() == dtype) return {weight.contiguous(), in_dtype(bias, dtype)};
+  const auto cast = [&] {
+    return ops::Projection{weight.to(dtype).contiguous(), in_dtype(bias, dtype)};
+  };
+  if (weight.is_inference()) return cast();  // does not tell when it changes
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!cast_.weight.defined() || cast_.weight.scalar_type() != dtype ||
+      of_ != weight.const_data_ptr() || version_ != weight._version()) {
+    cast_ = cast();
+    of_ = weight.const_data_ptr();
+    version_ = weight._version();
+  }
+  return cast_;
+}
+
 at::Tensor Linear::forward(const at::Tensor& x) {
+  if (ops::is_few_rows(x)) return forward_all(x, {this})[0];
   std::optional<at::Tensor> b;
   if (bias.defined()) b = bias.to(x.scalar_type());
-  return at::linear(x, weight.to(x.scalar_type()), b);
+  return ops::linear(x, weight.to(x.scalar_type()), b);
+}
+
+std::vector<at::Tensor> forward_all(const at::Tensor& x, std::initializer_list<Linear*> layers) {
+  if (ops::is_few_rows(x)) {
+    std::vector<ops::Projection> projections;
+    for (Linear* layer : layers) {
+      projections.push_back(layer->cast_.get(layer->weight, layer->bias, x.scalar_type()));
+    }
+    return ops::few_rows(x, projections);
+  }
+  std::vector<at::Tensor> results;
+  for (Linear* layer : layers) results.push_back(layer->forward(x));
+  return results;
 }
 
 ShortConvolution::ShortConvolution(int64_t channels, int64_t width, bool with_bias,

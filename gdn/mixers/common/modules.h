@@ -7,11 +7,42 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <mutex>
 #include <string_view>
+#include <vector>
 
 #include "gdn/mixers/common/state_access.h"
+#include "gdn/ops/linear.h"
 
 namespace gdn {
+
+// While one lives on this thread, modules leave the weights that they would draw at random as they
+// are in memory: for models whose weights are read from a file next.
+class SkipInitialization {
+ public:
+  SkipInitialization();
+  ~SkipInitialization();
+  SkipInitialization(const SkipInitialization&) = delete;
+  SkipInitialization& operator=(const SkipInitialization&) = delete;
+  static bool active();
+
+ private:
+  bool before_;
+};
+
+// Parameters in the dtype of the activations, for decoding: casting them costs more than
+// multiplying one token by them, so a cast is kept until the parameter changes.
+class CastCache {
+ public:
+  ops::Projection get(const at::Tensor& weight, const at::Tensor& bias, at::ScalarType dtype);
+
+ private:
+  std::mutex mutex_;
+  ops::Projection cast_;
+  const void* of_ = nullptr;  // what it was made from: the weight's memory and version
+  int64_t version_ = -1;
+};
 
 // y = x weight^T + bias; weight [out,in], bias [out]. Initialised like torch.nn.Linear.
 class Linear : public torch::nn::Module {
@@ -23,7 +54,17 @@ class Linear : public torch::nn::Module {
   // A mixer whose initialisation is part of its definition sets this; the model then leaves the
   // values alone.
   bool keeps_initialisation = false;
+
+ private:
+  friend std::vector<at::Tensor> forward_all(const at::Tensor& x,
+                                             std::initializer_list<Linear*> layers);
+  CastCache cast_;
 };
+
+// What each of these layers makes of the same x; for a few rows without gradients, as in decoding,
+// in one pass over all the weights.
+std::vector<at::Tensor> forward_all(const at::Tensor& x /* [...,in] */,
+                                    std::initializer_list<Linear*> layers);
 
 enum class Activation : uint8_t { kNone, kSilu };
 

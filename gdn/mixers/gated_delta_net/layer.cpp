@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/gated_delta_net/layer.h"
 
+#include <vector>
+
 namespace gdn {
 namespace {
 
@@ -31,8 +33,9 @@ DeltaInputs GatedDeltaNet::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
   in.q = l2norm(in.q, naive_);
   in.k = l2norm(in.k, naive_);
-  in.g = decay_.forward(a_proj_->forward(x), naive_);
-  in.beta = write_strength(b_proj_->forward(x), allow_neg_eigval_, naive_);
+  const std::vector<at::Tensor> gates = forward_all(x, {a_proj_.get(), b_proj_.get()});
+  in.g = decay_.forward(gates[0], naive_);
+  in.beta = write_strength(gates[1], allow_neg_eigval_, naive_);
   in.erase = erase_ ? "key" : "none";
   return in;
 }

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+// gdn bench ops: every kernel against what the machine allows and against its composition from
+// torch's own operations.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/conv1d.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/pad.h>
+#include <ATen/ops/rand.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <functional>
+#include <iostream>
+
+#include "gdn/base/check.h"
+#include "gdn/bench/ceilings.h"
+#include "gdn/bench/report.h"
+#include "gdn/ops/cross_entropy.h"
+#include "gdn/ops/delta_rule.h"
+#include "gdn/ops/gate.h"
+#include "gdn/ops/norm.h"
+#include "gdn/ops/short_conv.h"
+#include "gdn/ops/swiglu.h"
+
+namespace gdn::bench {
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+
+const char* name_of(at::ScalarType dtype) {
+  return dtype == at::kFloat ? "fp32" : dtype == at::kBFloat16 ? "bf16" : "fp64";
+}
+
+// --- the delta rule
+// -------------------------------------------------------------------------------
+
+struct DeltaShape {
+  int64_t B, T, H, HV, K, V;
+  bool channel_gate = false;
+  at::ScalarType dtype = at::kFloat;
+  std::vector<int64_t> lengths = {};  // of packed sequences, T in all
+
+  std::string text() const {
+    std::string s = str_cat(channel_gate ? "KDA" : "GDN", " ", name_of(dtype), " T=", T, " H=", H);
+    if (HV != H) s += str_cat(" HV=", HV);
+    if (B != 1) s += str_cat(" B=", B);
+    if (K != 128 || V != 128) s += str_cat(" K=", K, " V=", V);
+    if (!lengths.empty()) {
+      const bool equal = std::adjacent_find(lengths.begin(), lengths.end(),
+                                            std::not_equal_to<>()) == lengths.end();
+      s += str_cat(" packed, ", lengths.size(), equal ? " equal" : " mixed");
+    }
+    return s;
+  }
+  ops::OptionalTensor cu_seqlens() const {
+    if (lengths.empty()) return std::nullopt;
+    std::vector<int64_t> ends = {0};
+    for (const int64_t length : lengths) ends.push_back(ends.back() + length);
+    return at::tensor(ends, at::kLong);
+  }
+  // Three products with the state and the triangles of a chunk of 32.
+  double flops() const {
+    return static_cast<double>(B * T * HV) *
+           (6.0 * static_cast<double>(K * V) + 4.0 * 32 * static_cast<double>(std::max(K, V)));
+  }
+};
+
+Tensors delta_inputs(const DeltaShape& s, bool grad) {
+  const auto unit = [](Tensor x) { return x / x.norm(2, {-1}, /*keepdim=*/true); };
+  const auto g_sizes = s.channel_gate ? std::vector<int64_t>{s.B, s.T, s.HV, s.K}
+                                      : std::vector<int64_t>{s.B, s.T, s.HV};
+  Tensors inputs = {unit(at::randn({s.B, s.T, s.H, s.K})).to(s.dtype),
+                    unit(at::randn({s.B, s.T, s.H, s.K})).to(s.dtype),
+                    at::randn({s.B, s.T, s.HV, s.V}).to(s.dtype), at::rand(g_sizes) * -0.1,
+                    at::rand({s.B, s.T, s.HV})};
+  for (Tensor& t : inputs) t.set_requires_grad(grad);
+  return inputs;
+}
+
+Tensor delta_forward(const Tensors& x, const ops::OptionalTensor& cu_seqlens) {
+  return std::get<0>(ops::delta_rule(x[0], x[1], x[2], x[3], x[4], {}, {}, {}, {}, cu_seqlens,
+                                     /*output_final_state=*/false, "key", "chunk",
+                                     /*chunk_size=*/0, /*save=*/false));
+}
+
+void bench_delta(Report& report, Ceilings& ceilings, const Options& options, int threads,
+                 const DeltaShape& shape) {
+  const std::string forward = "forward " + shape.text(), both = "forward+backward " + shape.text();
+  if (!report.wanted(forward) && !report.wanted(both)) return;
+  const Tensors plain = delta_inputs(shape, false), wanted = delta_inputs(shape, true);
+  const Tensor d_o = at::randn({shape.B, shape.T, shape.HV, shape.V}).to(shape.dtype);
+  const ops::OptionalTensor cu_seqlens = shape.cu_seqlens();
+  const std::vector<double> seconds = median_seconds(
+      std::vector<std::function<void()>>{
+          [&] {
+            const c10::NoGradGuard no_grad;
+            delta_forward(plain, cu_seqlens);
+          },
+          [&] { torch::autograd::grad({delta_forward(wanted, cu_seqlens)}, wanted, {d_o}); }},
+      options.seconds);
+  const double tokens = static_cast<double>(shape.B * shape.T);
+  Row row{forward, threads, seconds[0], 1e-9 * shape.flops() / seconds[0], "GFLOP/s"};
+  row.ceiling = ceilings.fma();
+  row.extra = {{"tok/s", tokens / seconds[0]}};
+  report.add(row);
+  row = Row(both, threads, seconds[1]);
+  row.extra = {{"tok/s", tokens / seconds[1]}, {"of forward", seconds[1] / seconds[0]}};
+  report.add(row);
+}
+
+// Forward only: what backward keeps of so many tokens would not fit everywhere.
+void bench_long(Report& report, Ceilings& ceilings, const Options& options, int threads,
+                const DeltaShape& shape) {
+  const std::string name = "forward " + shape.text();
+  if (!report.wanted(name)) return;
+  const c10::NoGradGuard no_grad;
+  const Tensors x = delta_inputs(shape, false);
+  const double seconds = median_seconds([&] { delta_forward(x, {}); }, options.seconds);
+  Row row(name, threads, seconds, 1e-9 * shape.flops() / seconds, "GFLOP/s");
+  row.ceiling = ceilings.fma();
+  row.extra = {{"tok/s", static_cast<double>(shape.T) / seconds}};
+  report.add(row);
+}
+
+void bench_step(Report& report, Ceilings& ceilings, const Options& options, int threads, int64_t B,
+                int64_t H) {
+  constexpr int64_t K = 128, V = 128;
+  const std::string name = str_cat("decode step fp32 B=", B, " H=", H);
+  if (!report.wanted(name)) return;
+  const c10::NoGradGuard no_grad;
+  const DeltaShape shape{B, 1, H, H, K, V};
+  const Tensors x = delta_inputs(shape, false);
+  const auto token = [](const Tensor& t) { return t.select(1, 0); };
+  Tensor state = at::zeros({B, H, K, V});
+  const double seconds = median_seconds(
+      [&] {
+        ops::delta_rule_step_(token(x[0]), token(x[1]), token(x[2]), token(x[3]), token(x[4]), {},
+                              {}, state, {}, {}, "key");
+      },
+      options.seconds / 2);
+  const int64_t bytes = static_cast<int64_t>(state.nbytes());
+  Row row{name, threads, seconds, 2e-9 * static_cast<double>(bytes) / seconds, "GB/s"};
+  row.ceiling = ceilings.rate(Access::kReadModifyWrite, bytes);
+  report.add(row);
+}
+
+// --- the small kernels
+// ----------------------------------------------------------------------------
+
+// One kernel: ours and torch's composition of the same, and what they have to do at least.
+struct Small {
+  std::string name;
+  Tensors inputs;         // all differentiable ones first
+  size_t differentiable;  // how many
+  std::function<Tensor(const Tensors&)> ours, torch;
+  // Bytes per call that must come from and go to memory, and exponentials.
+  int64_t read, written, read_backward, written_backward;
+  double exps, exps_backward;
+};
+
+double bound(Ceilings& ceilings, int64_t read, int64_t written, double exps) {
+  return std::max(ceilings.memory_seconds(read, written), 1e-9 * exps / ceilings.exp());
+}
+
+void bench_small(Report& report, Ceilings& ceilings, const Options& options, int threads,
+                 const Small& small) {
+  if (!report.wanted(small.name)) return;
+  Tensors inputs = small.inputs;
+  const auto set_grad = [&](bool on) {
+    for (size_t i = 0; i < small.differentiable; ++i) inputs[i].set_requires_grad(on);
+  };
+  const auto add = [&](const std::string& what, double seconds, double torch_seconds, int64_t read,
+                       int64_t written, double exps) {
+    const double least = bound(ceilings, read, written, exps);
+    const double bytes = 1e-9 * static_cast<double>(read + written);
+    Row row{small.name + what, threads, seconds, bytes / seconds, "GB/s"};
+    row.ceiling = bytes / least;
+    row.extra = {
+        {"torch/ours", torch_seconds / seconds},
+        {"bound by", ceilings.memory_seconds(read, written) >= 0.999 * least ? "memory" : "exp"}};
+    report.add(row);
+  };
+  set_grad(false);
+  const std::vector<double> forward = median_seconds(
+      std::vector<std::function<void()>>{[&] { small.ours(inputs); }, [&] { small.torch(inputs); }},
+      options.seconds);
+  add(" forward", forward[0], forward[1], small.read, small.written, small.exps);
+  set_grad(true);
+  const Tensors wanted(inputs.begin(), inputs.begin() + static_cast<long>(small.differentiable));
+  const Tensor ours = small.ours(inputs), torch = small.torch(inputs);
+  const Tensor dy = at::randn(ours.sizes()).to(ours.scalar_type());
+  const auto backward = [&](const Tensor& y) {
+    torch::autograd::grad({y}, wanted, {dy}, /*retain_graph=*/true);
+  };
+  const std::vector<double> back = median_seconds(
+      std::vector<std::function<void()>>{[&] { backward(ours); }, [&] { backward(torch); }},
+      options.seconds);
+  add(" backward", back[0], back[1], small.read_backward, small.written_backward,
+      small.exps_backward);
+}
+
+std::vector<Small> small_kernels(at::ScalarType dtype) {
+  constexpr int64_t kTokens = 4096, kWidth = 2048, kHead = 128, kVocab = 8192, kRows = 1024;
+  const int64_t n = kTokens * kWidth, bytes = n * static_cast<int64_t>(c10::elementSize(dtype));
+  const auto elements = static_cast<double>(n);
+  const std::string suffix = std::string(" ") + name_of(dtype);
+  const auto normal = [&](at::IntArrayRef sizes) { return at::randn(sizes).to(dtype); };
+  const Tensor x = normal({1, kTokens, kWidth}), z = normal({1, kTokens, kWidth});
+  const at::IntArrayRef heads = {1, kTokens, kWidth / kHead, kHead};
+  const auto rms = [](const Tensor& t, const Tensor& w) {
+    const Tensor f = t.to(at::kFloat);
+    return (f * at::rsqrt((f * f).mean(-1, true) + 1e-5) * w).to(t.scalar_type());
+  };
+  std::vector<Small> list;
+  list.push_back({"short conv W=4 + SiLU" + suffix,
+                  {x, normal({kWidth, 4}).to(at::kFloat)},
+                  2,
+                  [](const Tensors& t) {
+                    return std::get<0>(ops::causal_conv1d(t[0], t[1], {}, {}, {}, false, "silu"));
+                  },
+                  [](const Tensors& t) {
+                    const Tensor padded = at::pad(t[0].transpose(1, 2), {3, 0});
+                    const Tensor w = t[1].unsqueeze(1).to(t[0].scalar_type());
+                    const int64_t one = 1, none = 0;
+                    return at::silu(at::conv1d(padded, w, {}, at::IntArrayRef(one),
+                                               at::IntArrayRef(none), at::IntArrayRef(one), kWidth))
+                        .transpose(1, 2)
+                        .contiguous();
+                  },
+                  bytes,
+                  bytes,
+                  2 * bytes,
+                  bytes,
+                  elements,
+                  elements});
+  list.push_back({"RMS norm" + suffix,
+                  {x, at::ones({kWidth})},
+                  2,
+                  [](const Tensors& t) { return ops::rms_norm(t[0], t[1]); },
+                  [rms](const Tensors& t) { return rms(t[0], t[1]); },
+                  bytes,
+                  bytes,
+                  2 * bytes,
+                  bytes,
+                  0,
+                  0});
+  list.push_back({"gated RMS norm of heads" + suffix,
+                  {x.view(heads), at::ones({kHead}), z.view(heads)},
+                  3,
+                  [](const Tensors& t) { return ops::rms_norm_gated(t[0], t[1], t[2]); },
+                  [rms](const Tensors& t) { return rms(t[0], t[1]) * at::silu(t[2]); },
+                  2 * bytes,
+                  bytes,
+                  3 * bytes,
+                  2 * bytes,
+                  elements,
+                  elements});
+  list.push_back(
+      {"L2 norm of heads" + suffix,
+       {x.view(heads)},
+       1,
+       [](const Tensors& t) { return ops::l2norm(t[0]); },
+       [](const Tensors& t) { return t[0] * at::rsqrt((t[0] * t[0]).sum(-1, true) + 1e-6); },
+       bytes,
+       bytes,
+       2 * bytes,
+       bytes,
+       0,
+       0});
+  list.push_back({"SwiGLU" + suffix,
+                  {x, z},
+                  2,
+                  [](const Tensors& t) { return ops::swiglu(t[0], t[1]); },
+                  [](const Tensors& t) { return at::silu(t[0]) * t[1]; },
+                  2 * bytes,
+                  bytes,
+                  3 * bytes,
+                  2 * bytes,
+                  elements,
+                  elements});
+  // The gates' results are always fp32; softplus takes a logarithm beside the exponential.
+  const int64_t gate_bytes = n * 4;
+  list.push_back({"channel gate" + suffix,
+                  {x.view(heads), at::zeros({kWidth / kHead}), at::zeros({kWidth})},
+                  3,
+                  [](const Tensors& t) { return ops::kda_gate(t[0], t[1], t[2]); },
+                  [](const Tensors& t) {
+                    const Tensor bias = t[2].view({kWidth / kHead, kHead});
+                    return t[1].exp().neg().unsqueeze(-1) *
+                           at::softplus(t[0].to(at::kFloat) + bias);
+                  },
+                  bytes,
+                  gate_bytes,
+                  bytes + gate_bytes,
+                  bytes,
+                  2 * elements,
+                  3 * elements});
+  const int64_t logits = kRows * kVocab,
+                logit_bytes = logits * static_cast<int64_t>(c10::elementSize(dtype));
+  list.push_back({"cross-entropy of 8192" + suffix,
+                  {normal({kRows, kVocab}), at::randint(kVocab, {kRows}, at::kLong)},
+                  1,
+                  [](const Tensors& t) { return std::get<0>(ops::cross_entropy(t[0], t[1])); },
+                  [](const Tensors& t) {
+                    return at::cross_entropy_loss(t[0], t[1], {}, /*reduction: none*/ 0);
+                  },
+                  logit_bytes,
+                  0,
+                  logit_bytes,
+                  logit_bytes,
+                  static_cast<double>(logits),
+                  static_cast<double>(logits)});
+  return list;
+}
+
+}  // namespace
+
+int run_ops(const Options& options) {
+  Report report("ops", options, std::cout);
+  const bool fp32 = options.dtype != "bf16", bf16 = options.dtype != "fp32";
+  for (const int64_t n : options.threads) {
+    const int threads = static_cast<int>(n);
+    use_threads(n);
+    Ceilings ceilings(threads);
+    report.heading("delta rule, K=V=128 unless said; ceiling: fp32 multiply-adds");
+    std::vector<DeltaShape> shapes;
+    if (fp32) {
+      for (const int64_t T : {512, 4096}) {
+        for (const int64_t H : {16, 32}) shapes.push_back({1, T, H, H, 128, 128});
+      }
+      for (const int64_t T : {512, 4096}) shapes.push_back({1, T, 16, 16, 128, 128, true});
+      for (const int64_t size : {64, 96, 100, 192, 200, 256}) {
+        shapes.push_back({1, 512, 16, 16, size, size});
+      }
+      for (const int64_t group : {2, 4}) shapes.push_back({1, 512, 8, 8 * group, 128, 128});
+      for (const int64_t heads : {1, 2, 3}) shapes.push_back({1, 4096, heads, heads, 128, 128});
+    }
+    if (fp32) {
+      for (const int64_t T : {2048, 8192, 16384}) shapes.push_back({1, T, 16, 16, 128, 128});
+      DeltaShape packed{1, 4096, 16, 16, 128, 128};
+      packed.lengths.assign(8, 512);
+      shapes.push_back(packed);
+      packed.lengths = {1500, 17, 900, 333, 64, 1, 1000, 281};
+      shapes.push_back(packed);
+    }
+    if (bf16) shapes.push_back({1, 512, 16, 16, 128, 128, false, at::kBFloat16});
+    for (const DeltaShape& shape : shapes) bench_delta(report, ceilings, options, threads, shape);
+    if (fp32) bench_long(report, ceilings, options, threads, {1, 65536, 16, 16, 128, 128});
+    if (fp32) {
+      report.heading("decode step in place; ceiling: read and write in place of the states");
+      for (const auto [B, H] : {std::pair<int, int>{1, 16}, {1, 32}, {4, 16}, {16, 16}, {16, 32}}) {
+        bench_step(report, ceilings, options, threads, B, H);
+      }
+    }
+    report.heading("small kernels; ceiling: memory or exp, whichever takes longer");
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      if (!(dtype == at::kFloat ? fp32 : bf16)) continue;
+      for (const Small& small : small_kernels(dtype)) {
+        bench_small(report, ceilings, options, threads, small);
+      }
+    }
+  }
+  report.finish();
+  return 0;
+}
+
+}  // namespace gdn::bench

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "gdn/base/file.h"
+#include "gdn/bench/ceilings.h"
+#include "gdn/bench/profile.h"
+#include "tests/cli/support.h"
+
+namespace gdn {
+namespace {
+
+using cli_testing::call;
+using cli_testing::Result;
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+class Bench : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = std::filesystem::temp_directory_path() /
+              ("gdn_bench_" + std::to_string(::getpid()) + "_" +
+               ::testing::UnitTest::GetInstance()->current_test_info()->name());
+    std::filesystem::create_directories(folder_);
+    std::ofstream(config()) << "[model]\nhidden_size = 32\nnum_layers = 1\nintermediate_size = 32\n"
+                               "[model.mixer]\nname = \"gated_delta_net\"\nnum_heads = 2\n"
+                               "head_dim = 16\n[data]\nkind = \"stories\"\nseq_len = 16\n"
+                               "batch_size = 2\n";
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  std::string config() const { return folder_ / "tiny.toml"; }
+  std::string out() const { return folder_ / "out.json"; }
+
+  // The rows of a run with --json.
+  static json rows_of(const Result& result) {
+    EXPECT_EQ(result.status, 0) << result.err;
+    const json all = json::parse(result.out);
+    EXPECT_FALSE(all.at("machine").at("cpu").get<std::string>().empty());
+    EXPECT_FALSE(all.at("machine").at("simd").get<std::string>().empty());
+    EXPECT_THAT(all.at("versions").at("gdn").get<std::string>(), HasSubstr("gdn"));
+    for (const json& row : all.at("rows")) {
+      EXPECT_GT(row.at("rate").get<double>(), 0) << row;
+      EXPECT_GT(row.at("ms").get<double>(), 0) << row;
+    }
+    return all.at("rows");
+  }
+
+ private:
+  std::filesystem::path folder_;
+};
+
+TEST_F(Bench, TrainTimesAStepOfAConfigurationAndItsParts) {
+  const json rows = rows_of(call({"bench", "train", "--config", config(), "--seconds", "0.001",
+                                  "--threads", "1", "--json", "--out", out()}));
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[0]["name"], "train step fp32");
+  EXPECT_EQ(rows[1]["name"], "train step bf16");
+  for (const json& row : rows) {
+    // 2 x 16 tokens in `ms` milliseconds.
+    EXPECT_NEAR(row["rate"].get<double>() * row["ms"].get<double>(), 32e3, 1);
+    double sum = 0;
+    for (const char* part : {"mixer op %", "GEMM %", "small kernels %", "optimizer %", "rest %"}) {
+      EXPECT_GT(row.at(part).get<double>(), 0) << part;
+      sum += row.at(part).get<double>();
+    }
+    EXPECT_NEAR(sum, 100, 0.1);
+  }
+  EXPECT_EQ(json::parse(read_text_file(out())).at("rows"), rows);
+}
+
+TEST_F(Bench, DecodeShowsTimeAndMemoryAlongALongContext) {
+  const json rows =
+      rows_of(call({"bench", "decode", "--config", config(), "--dtype", "fp32", "--tokens", "1200",
+                    "--interval", "500", "--threads", "1", "--json"}));
+  ASSERT_EQ(rows.size(), 4u);
+  EXPECT_EQ(rows[0]["name"], "decode fp32 up to 500");
+  EXPECT_EQ(rows[2]["name"], "decode fp32 up to 1200");
+  EXPECT_EQ(rows[0]["state KiB"], rows[2]["state KiB"]);
+  EXPECT_GT(rows[0]["process MiB"].get<double>(), 0);
+}
+
+TEST_F(Bench, OpsTakesAFilterAndComparesWithTorch) {
+  const json rows = rows_of(call({"bench", "ops", "--filter", "SwiGLU bf16", "--seconds", "0.001",
+                                  "--threads", "1", "--json"}));
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[0]["name"], "SwiGLU bf16 forward");
+  EXPECT_EQ(rows[1]["name"], "SwiGLU bf16 backward");
+  for (const json& row : rows) {
+    EXPECT_GT(row["torch/ours"].get<double>(), 0);
+    EXPECT_GT(row["of_ceiling"].get<double>(), 0);
+  }
+  EXPECT_THAT(call({"bench", "ops", "--filter", "no such row", "--threads", "1"}).out,
+              HasSubstr("gdn bench ops"));
+}
+
+TEST_F(Bench, MixersRunsWhatTheFilterNames) {
+  const Result result = call({"bench", "mixers", "--filter", "gated_delta_net", "--hidden-size",
+                              "64", "--seconds", "0.001", "--threads", "1", "--json"});
+  const json rows = rows_of(result);
+  EXPECT_EQ(json::parse(result.out).at("notes"), json::array());
+  std::vector<std::string> names;
+  for (const json& row : rows) {
+    if (row["name"].get<std::string>().starts_with("gated_delta_net "))
+      names.push_back(row["name"]);
+  }
+  EXPECT_THAT(names, ::testing::ElementsAre("gated_delta_net forward T=512",
+                                            "gated_delta_net forward+backward T=512",
+                                            "gated_delta_net forward T=8192",
+                                            "gated_delta_net forward+backward T=8192",
+                                            "gated_delta_net decode B=1 after 8192 tokens"));
+}
+
+TEST_F(Bench, WrongUsageIsRefused) {
+  EXPECT_EQ(call({"bench"}).status, 2);
+  EXPECT_EQ(call({"bench", "everything"}).status, 2);
+  EXPECT_EQ(call({"bench", "ops", "--threads", "0"}).status, 2);
+  EXPECT_EQ(call({"bench", "train", "--config", "no such file"}).status, 1);
+}
+
+TEST(Ceilings, FollowTheHardware) {
+  EXPECT_GT(bench::exp_grate(1), 0);
+  EXPECT_GT(bench::small_gemm_gflops(1, 32, 32, 64, 1), 0);
+  EXPECT_EQ(bench::amx_gflops(1).has_value(), bench::amx_gflops(2).has_value());
+  if (const auto avx2 = bench::avx2_fma_gflops(1)) EXPECT_GT(*avx2, 0);
+  bench::Ceilings ceilings(1);
+  // Reading alone takes time, and writing as much beside it takes more.
+  const double read = ceilings.memory_seconds(1 << 16, 0);
+  EXPECT_GT(read, 0);
+  EXPECT_GT(ceilings.memory_seconds(1 << 16, 1 << 16), read);
+  EXPECT_EQ(ceilings.memory_seconds(1 << 16, 0), read);  // measured once
+}
+
+TEST(Profile, KnowsThePartsOfAStep) {
+  using bench::Part;
+  using bench::part_of;
+  EXPECT_EQ(part_of("aten::mm"), Part::kGemm);
+  EXPECT_EQ(part_of("mkldnn::_linear_pointwise"), Part::kGemm);
+  EXPECT_EQ(part_of("gdn::delta_rule_bwd"), Part::kSequence);
+  EXPECT_EQ(part_of("gdn::rms_norm_gated"), Part::kKernels);
+  EXPECT_EQ(part_of("aten::_fused_adamw_"), Part::kOptimizer);
+  EXPECT_EQ(part_of("aten::add"), Part::kRest);
+}
+
+}  // namespace
+}  // namespace gdn
