@@ -216,7 +216,7 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
   const std::string suffix = std::string(" ") + name_of(dtype);
   const auto normal = [&](at::IntArrayRef sizes) { return at::randn(sizes).to(dtype); };
   const Tensor x = normal({1, kTokens, kWidth}), z = normal({1, kTokens, kWidth});
-  const at::IntArrayRef heads = {1, kTokens, kWidth / kHead, kHead};
+  const std::vector<int64_t> heads = {1, kTokens, kWidth / kHead, kHead};
   const auto rms = [](const Tensor& t, const Tensor& w) {
     const Tensor f = t.to(at::kFloat);
     return (f * at::rsqrt((f * f).mean(-1, true) + 1e-5) * w).to(t.scalar_type());

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <atomic>
@@ -114,6 +115,7 @@ bool is_few_rows(const Tensor& x) {
 }
 
 std::vector<Tensor> few_rows(const Tensor& x, std::span<const Projection> projections) {
+  RECORD_FUNCTION("gdn::linear_few_rows", c10::ArrayRef<const c10::IValue>());
   const Tensor rows = x.contiguous();
   MatvecParams p;
   p.in = p.x_stride = rows.size(-1);

@@ -46,7 +46,8 @@ struct Problem {
 
 template <typename T>
 class MatvecTest : public ::testing::Test {};
-TYPED_TEST_SUITE(MatvecTest, (::testing::Types<float, BFloat16>));
+using Dtypes = ::testing::Types<float, BFloat16>;
+TYPED_TEST_SUITE(MatvecTest, Dtypes);
 
 TYPED_TEST(MatvecTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/ops/linear.h"
 
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/equal.h>
@@ -120,6 +121,21 @@ TEST(LinearModule, DecodingSeesAChangedWeight) {
     layer.bias.mul_(2);
   }
   EXPECT_TRUE(at::allclose(run(), 2 * before, 1e-2, 1e-2));
+}
+
+TEST(LinearModule, DrawsNoWeightsThatAFileWillGive) {
+  const auto next_draw = [](const auto& make) {
+    at::manual_seed(3);
+    make();
+    return at::randn({4});
+  };
+  const Tensor untouched = next_draw([] {});
+  EXPECT_TRUE(at::equal(untouched, next_draw([] {
+                          const SkipInitialization skip;
+                          Linear layer(8, 8);
+                        })));
+  EXPECT_FALSE(SkipInitialization::active());
+  EXPECT_FALSE(at::equal(untouched, next_draw([] { Linear layer(8, 8); })));
 }
 
 }  // namespace
