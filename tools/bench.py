@@ -324,6 +324,16 @@ def small_kernels(f: Figures) -> str:
     return table(["kernel", "ms", "of what memory or exp allows", "bound", "times the torch composition"], rows)
 
 
+def products(f: Figures) -> str:
+    rows = []
+    for row in f.result["parts"].get("ops", {}).get("rows", []):
+        if row["name"].startswith("linear "):
+            share = f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else "-"
+            cells = [f"{row['rate']:.0f}", share, f"{row['torch/ours']:.2f}x"]
+            rows.append([row["name"], str(row["threads"]), *cells])
+    return table(["product", "threads", "GFLOP/s", "of the peak", "times at::linear"], rows)
+
+
 def plain(f: Figures, part: str, columns: list[tuple[str, str, str]]) -> str:
     rows = []
     for row in f.result["parts"].get(part, {}).get("rows", []):
@@ -365,6 +375,7 @@ def sections(f: Figures) -> dict[str, str]:
         "goals": goals,
         "small": small_kernels(f),
         "peers": peers(f),
+        "products": products(f),
         "ceilings": plain(f, "ceilings", [rate, ("unit", "unit", "{}")]),
         "mixers": plain(
             f,

@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/conv1d.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/pad.h>
 #include <ATen/ops/rand.h>
@@ -27,6 +28,7 @@
 #include "gdn/ops/cross_entropy.h"
 #include "gdn/ops/delta_rule.h"
 #include "gdn/ops/gate.h"
+#include "gdn/ops/linear.h"
 #include "gdn/ops/norm.h"
 #include "gdn/ops/short_conv.h"
 #include "gdn/ops/swiglu.h"
@@ -41,8 +43,7 @@ const char* name_of(at::ScalarType dtype) {
   return dtype == at::kFloat ? "fp32" : dtype == at::kBFloat16 ? "bf16" : "fp64";
 }
 
-// --- the delta rule
-// -------------------------------------------------------------------------------
+// The delta rule.
 
 struct DeltaShape {
   int64_t B, T, H, HV, K, V;
@@ -154,8 +155,45 @@ void bench_step(Report& report, Ceilings& ceilings, const Options& options, int 
   report.add(row);
 }
 
-// --- the small kernels
-// ----------------------------------------------------------------------------
+// Products with weights.
+
+void bench_linear(Report& report, Ceilings& ceilings, const Options& options, int threads,
+                  at::ScalarType dtype, int64_t rows, int64_t in, int64_t out) {
+  const std::string name = str_cat("linear ", name_of(dtype), " ", rows, "x", in, " to ", out);
+  if (!report.wanted(name)) return;
+  const Tensor x = at::randn({rows, in}).to(dtype).set_requires_grad(true),
+               w = at::randn({out, in}).to(dtype).set_requires_grad(true),
+               dy = at::randn({rows, out}).to(dtype);
+  const double flops = 2.0 * static_cast<double>(rows * in * out);
+  const double ceiling =
+      dtype == at::kBFloat16 ? bf16_gflops(threads).value_or(0.0) : ceilings.fma();
+  const auto add = [&](const std::string& what, const std::vector<double>& seconds, double work) {
+    Row row(name + what, threads, seconds[0], 1e-9 * work / seconds[0], "GFLOP/s");
+    row.ceiling = ceiling;
+    row.extra = {{"torch/ours", seconds[1] / seconds[0]}};
+    report.add(row);
+  };
+  const auto without_grad = [](const auto& f) {
+    const c10::NoGradGuard no_grad;
+    f();
+  };
+  using Functions = std::vector<std::function<void()>>;
+  add(" forward",
+      median_seconds(Functions{[&] { without_grad([&] { ops::linear(x, w); }); },
+                               [&] { without_grad([&] { at::linear(x, w); }); }},
+                     options.seconds / 2),
+      flops);
+  const Tensor ours = ops::linear(x, w), torch = at::linear(x, w);
+  const auto backward = [&](const Tensor& y) {
+    torch::autograd::grad({y}, {x, w}, {dy}, /*retain_graph=*/true);
+  };
+  add(" backward",
+      median_seconds(Functions{[&] { backward(ours); }, [&] { backward(torch); }},
+                     options.seconds / 2),
+      2 * flops);
+}
+
+// The small kernels.
 
 // One kernel: ours and torch's composition of the same, and what they have to do at least.
 struct Small {
@@ -360,6 +398,16 @@ int run_ops(const Options& options) {
       report.heading("decode step in place; ceiling: read and write in place of the states");
       for (const auto [B, H] : {std::pair<int, int>{1, 16}, {1, 32}, {4, 16}, {16, 16}, {16, 32}}) {
         bench_step(report, ceilings, options, threads, B, H);
+      }
+    }
+    report.heading("products with weights; ceiling: fp32 multiply-adds, or AVX512_BF16's");
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      if (!(dtype == at::kFloat ? fp32 : bf16)) continue;
+      for (const auto [rows, in, out] : {std::tuple<int, int, int>{4096, 256, 256},
+                                         {4096, 256, 768},
+                                         {4096, 768, 256},
+                                         {2048, 2048, 2048}}) {
+        bench_linear(report, ceilings, options, threads, dtype, rows, in, out);
       }
     }
     report.heading("small kernels; ceiling: memory or exp, whichever takes longer");

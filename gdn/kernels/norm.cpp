@@ -32,7 +32,7 @@ Acc<T> sum_of_squares(const T* x, int64_t dim) {
 }
 
 template <typename T>
-void forward(const NormParams& p, T* y) {
+void forward(const NormParams& p, T* y, T* sum) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight);
   parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
@@ -42,6 +42,15 @@ void forward(const NormParams& p, T* y) {
                           ? nullptr
                           : static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       T* out = y + row * p.dim;
+      if (p.add != nullptr) {
+        const T* add = static_cast<const T*>(p.add) + p.add_layout.offset(row, p.dim);
+        T* total = sum + row * p.dim;
+        for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+          const auto scale = hn::Set(d, static_cast<A>(p.add_scale));
+          store_as(d, hn::MulAdd(scale, load_as(d, add + i), load_as(d, x + i)), total + i);
+        });
+        x = total;
+      }
       const A r = inverse_norm(p, sum_of_squares(x, p.dim));
       for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
         auto v = hn::Mul(load_as(d, x + i), hn::Set(d, r));
@@ -79,6 +88,9 @@ void backward(const NormParams& p, const NormGrads& grads) {
                             : static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
         T* dgate = gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + row * p.dim;
         T* dx = static_cast<T*>(grads.dx) + row * p.dim;
+        const T* dsum = grads.dsum == nullptr ? nullptr
+                                              : static_cast<const T*>(grads.dsum) +
+                                                    grads.dsum_layout.offset(row, p.dim);
         const A r = inverse_norm(p, sum_of_squares(x, p.dim));
         const A dot = sum_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
           const auto n = hn::Mul(load_as(d, x + i), hn::Set(d, r));
@@ -104,8 +116,10 @@ void backward(const NormParams& p, const NormGrads& grads) {
         const A mean = p.kind == NormKind::kRms ? dot / static_cast<A>(p.dim) : dot;
         for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
           const auto n = hn::Mul(load_as(d, x + i), hn::Set(d, r));
-          const auto v = hn::NegMulAdd(n, hn::Set(d, mean), hn::LoadU(d, h + i));
-          store_as(d, hn::Mul(v, hn::Set(d, r)), dx + i);
+          auto v = hn::NegMulAdd(n, hn::Set(d, mean), hn::LoadU(d, h + i));
+          v = hn::Mul(v, hn::Set(d, r));
+          if (dsum != nullptr) v = hn::Add(v, load_as(d, dsum + i));
+          store_as(d, v, dx + i);
         });
       }
     }
@@ -119,8 +133,10 @@ void backward(const NormParams& p, const NormGrads& grads) {
   }
 }
 
-void norm_forward_any(const NormParams& p, void* y) {
-  dispatch_dtype(p.dtype, [&](auto t) { forward(p, static_cast<decltype(t)*>(y)); });
+void norm_forward_any(const NormParams& p, void* y, void* sum) {
+  dispatch_dtype(p.dtype, [&](auto t) {
+    forward(p, static_cast<decltype(t)*>(y), static_cast<decltype(t)*>(sum));
+  });
 }
 
 void norm_backward_any(const NormParams& p, const NormGrads& grads) {
@@ -173,13 +189,15 @@ double naive_inverse_norm(const NormParams& p, int64_t row) {
 
 }  // namespace
 
-void norm_forward(const NormParams& p, void* y) {
+void norm_forward(const NormParams& p, void* y, void* sum) {
   check(p);
-  HWY_DYNAMIC_DISPATCH(norm_forward_any)(p, y);
+  GDN_CHECK((p.add == nullptr) == (sum == nullptr), "[norm] add and sum go together");
+  HWY_DYNAMIC_DISPATCH(norm_forward_any)(p, y, sum);
 }
 
 void norm_backward(const NormParams& p, const NormGrads& grads) {
   check(p);
+  GDN_CHECK(p.add == nullptr, "[norm] backward takes the sum as x, and no add");
   HWY_DYNAMIC_DISPATCH(norm_backward_any)(p, grads);
 }
 

@@ -28,14 +28,23 @@ struct NormParams {
   const void* gate = nullptr;    // T [rows, dim]; null: no gate
   RowLayout gate_layout;
   NormGate activation = NormGate::kSilu;
+  // A residual sum on the way: the norm is of x + add_scale * add, rounded to T.
+  const void* add = nullptr;  // T [rows, dim]; null: none
+  RowLayout add_layout;
+  double add_scale = 1;
 };
 
-// Outputs are contiguous.
-void norm_forward(const NormParams& params, void* y /* T [rows, dim] */);
+// Outputs are contiguous. `sum` takes the sum where params.add is given.
+void norm_forward(const NormParams& params, void* y /* T [rows, dim] */,
+                  void* sum = nullptr /* T [rows, dim] */);
 
+// Where there was a residual sum, x is that sum here, params.add is null, and the gradient of `add`
+// is add_scale times dx.
 struct NormGrads {
   const void* dy = nullptr;  // T [rows, dim]
   RowLayout dy_layout;
+  const void* dsum = nullptr;  // T [rows, dim], added to dx; null: none
+  RowLayout dsum_layout;
   void* dx = nullptr;       // T [rows, dim]
   void* dgate = nullptr;    // T [rows, dim], with a gate
   void* dweight = nullptr;  // A [dim]; null: not wanted

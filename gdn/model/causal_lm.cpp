@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/model/causal_lm.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "gdn/base/check.h"
@@ -34,10 +36,25 @@ class Embedding : public torch::nn::Module {
   at::Tensor weight;
 };
 
-// What goes through one block: x, and what the layers share.
+// What goes through one block: x, what the last sublayer wants added to it, and what the layers
+// share. The sum is left to the next norm, which reads it anyway.
 struct Stream {
   at::Tensor x;
+  at::Tensor added;  // undefined: nothing
+  double scale = 1;  // of `added`
   Shared shared;
+
+  void settle() {
+    if (added.defined()) x = at::add(x, added, scale);
+    added.reset();
+  }
+  at::Tensor normed(RmsNorm& norm, bool naive) {
+    if (!added.defined()) return norm.forward(x, naive);
+    at::Tensor y;
+    std::tie(x, y) = norm.forward_added(x, added, scale, naive);
+    added.reset();
+    return y;
+  }
 };
 
 class Block : public torch::nn::Module {
@@ -67,22 +84,25 @@ class Block : public torch::nn::Module {
     Context part{ctx.seqs, ctx.slots, nullptr, &stream.shared};
     if (attn) {
       part.state = ctx.state ? &ctx.state->mixer[i] : nullptr;
-      stream.x = sublayer(*attn, *attn_norm_, stream.x, part, naive);
+      sublayer(*attn, *attn_norm_, stream, part, naive);
     }
     if (mlp) {
       part.state = ctx.state ? &ctx.state->feed_forward[i] : nullptr;
-      stream.x = sublayer(*mlp, *mlp_norm_, stream.x, part, naive);
+      sublayer(*mlp, *mlp_norm_, stream, part, naive);
     }
   }
 
   std::shared_ptr<Mixer> attn, mlp;  // null: none
 
  private:
-  at::Tensor sublayer(Mixer& mixer, RmsNorm& norm, const at::Tensor& x, const Context& ctx,
-                      bool naive) {
-    const at::Tensor y = post_norm_ ? norm.forward(mixer.forward(x, ctx), naive)
-                                    : mixer.forward(norm.forward(x, naive), ctx);
-    return at::add(x, y, scale_);
+  void sublayer(Mixer& mixer, RmsNorm& norm, Stream& stream, const Context& ctx, bool naive) {
+    if (post_norm_) {
+      stream.settle();
+      stream.added = norm.forward(mixer.forward(stream.x, ctx), naive);
+    } else {
+      stream.added = mixer.forward(stream.normed(norm, naive), ctx);
+    }
+    stream.scale = scale_;
   }
 
   double scale_;
@@ -165,7 +185,8 @@ struct CausalLM::Impl {
   void forward_recomputed(Stream& stream, const ModelContext& ctx, size_t i) {
     // Shared values that are absent are left out of the list of tensors; `present` says which are
     // in it.
-    const auto pack = [](const Stream& s, std::vector<at::Tensor>& list) {
+    const auto pack = [](Stream& s, std::vector<at::Tensor>& list) {
+      s.settle();
       list = {s.x};
       for (const at::Tensor* t : {&s.shared.first_value, &s.shared.auxiliary_loss}) {
         if (t->defined()) list.push_back(*t);
@@ -251,7 +272,7 @@ at::Tensor CausalLM::hidden(const at::Tensor& ids, const ModelContext& ctx) {
     }
   }
   if (ctx.shared != nullptr) *ctx.shared = stream.shared;
-  return impl_->norm->forward(stream.x, impl_->naive);
+  return stream.normed(*impl_->norm, impl_->naive);
 }
 
 at::Tensor CausalLM::logits(const at::Tensor& hidden) {

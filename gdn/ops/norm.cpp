@@ -72,14 +72,22 @@ Tensor forward(const Call& call, const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Call& call, const Tensor& dy,
-                                            const Tensor& x, const Tensor* weight) {
+                                            const Tensor& x, const Tensor* weight,
+                                            const std::optional<Tensor>& dsum = {}) {
   check_shape(op, "dy", dy, x.sizes(), "of the shape of x");
   const Rows dy_rows = rows_of(dy.to(x.scalar_type()));
+  Rows dsum_rows;
   Tensor dx = at::empty(x.sizes(), x.options()), dgate, dweight;
   NormGrads grads;
   grads.dy = dy_rows.tensor.const_data_ptr();
   grads.dy_layout = dy_rows.layout;
   grads.dx = dx.mutable_data_ptr();
+  if (has(dsum)) {
+    check_shape(op, "dsum", *dsum, x.sizes(), "of the shape of sum");
+    dsum_rows = rows_of(dsum->to(x.scalar_type()));
+    grads.dsum = dsum_rows.tensor.const_data_ptr();
+    grads.dsum_layout = dsum_rows.layout;
+  }
   if (weight != nullptr) {
     dweight = at::empty(weight->sizes(), call.weight.options());
     grads.dweight = dweight.mutable_data_ptr();
@@ -116,6 +124,30 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(const Tensor& dy, const Tensor& x, c
   return {dx, dweight};
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm_cpu(const Tensor& x, const Tensor& y, const Tensor& weight,
+                                            double scale, double eps) {
+  const char* op = "add_rms_norm";
+  Call call = prepare(op, NormKind::kRms, x, &weight, nullptr, eps, {});
+  check_shape(op, "y", y, x.sizes(), "of the shape of x");
+  check_same(op, "y", y, "x", x);
+  const Rows add = rows_of(y);
+  call.params.add = add.tensor.const_data_ptr();
+  call.params.add_layout = add.layout;
+  call.params.add_scale = scale;
+  Tensor sum = at::empty(x.sizes(), x.options()), norm = at::empty(x.sizes(), x.options());
+  norm_forward(call.params, norm.mutable_data_ptr(), sum.mutable_data_ptr());
+  return {sum, norm};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_bwd_cpu(const std::optional<Tensor>& dsum,
+                                                const Tensor& dnorm, const Tensor& sum,
+                                                const Tensor& weight, double eps) {
+  const char* op = "add_rms_norm_bwd";
+  const Call call = prepare(op, NormKind::kRms, sum, &weight, nullptr, eps, {});
+  auto [dx, dweight, dgate] = backward(op, call, dnorm, sum, &weight, dsum);
+  return {dx, dweight};
+}
+
 Tensor rms_norm_gated_cpu(const Tensor& x, const Tensor& weight, const Tensor& gate, double eps,
                           std::string_view activation) {
   const char* op = "rms_norm_gated";
@@ -141,6 +173,14 @@ Tensor rms_norm_meta(const Tensor& x, const Tensor&, double) { return like(x); }
 std::tuple<Tensor, Tensor> rms_norm_bwd_meta(const Tensor&, const Tensor& x, const Tensor& weight,
                                              double) {
   return {like(x), like(weight)};
+}
+std::tuple<Tensor, Tensor> add_rms_norm_meta(const Tensor& x, const Tensor&, const Tensor&, double,
+                                             double) {
+  return {like(x), like(x)};
+}
+std::tuple<Tensor, Tensor> add_rms_norm_bwd_meta(const std::optional<Tensor>&, const Tensor&,
+                                                 const Tensor& sum, const Tensor& weight, double) {
+  return {like(sum), like(weight)};
 }
 Tensor rms_norm_gated_meta(const Tensor& x, const Tensor&, const Tensor&, double,
                            std::string_view) {
@@ -177,6 +217,12 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_gated_bwd(const Tensor& dy, const Te
   return op.call(dy, x, weight, gate, eps, activation);
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm_bwd(const std::optional<Tensor>& dsum, const Tensor& dnorm,
+                                            const Tensor& sum, const Tensor& weight, double eps) {
+  static const auto op = typed_op<decltype(add_rms_norm_bwd)>("gdn::add_rms_norm_bwd");
+  return op.call(dsum, dnorm, sum, weight, eps);
+}
+
 struct L2Norm : torch::autograd::Function<L2Norm> {
   static constexpr bool is_traceable = true;
   static Tensor forward(AutogradContext* ctx, const Tensor& x, double eps) {
@@ -203,6 +249,32 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const variable_list saved = ctx->get_saved_variables();
     auto [dx, dweight] = rms_norm_bwd(dy[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble());
     return {dx, dweight, Tensor()};
+  }
+};
+
+// The sum's gradient is added to the norm's in one pass.
+struct AddRmsNorm : torch::autograd::Function<AddRmsNorm> {
+  static constexpr bool is_traceable = true;
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y,
+                               const Tensor& weight, double scale, double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [sum, norm] = add_rms_norm(x, y, weight, scale, eps);
+    ctx->save_for_backward({sum, weight});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["eps"] = eps;
+    ctx->set_materialize_grads(false);
+    return {sum, norm};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const double scale = ctx->saved_data["scale"].toDouble();
+    Tensor dx = grads[0], dweight;
+    if (grads[1].defined()) {
+      std::tie(dx, dweight) = add_rms_norm_bwd(given(grads[0]), grads[1], saved[0], saved[1],
+                                               ctx->saved_data["eps"].toDouble());
+    }
+    const Tensor dy = dx.defined() && scale != 1 ? dx.mul(scale) : dx;
+    return {dx, dy, dweight, Tensor(), Tensor()};
   }
 };
 
@@ -233,6 +305,12 @@ TORCH_LIBRARY_FRAGMENT(gdn, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps=1e-05) -> Tensor");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def(
+      "add_rms_norm(Tensor x, Tensor y, Tensor weight, float scale=1.0, float eps=1e-05) -> "
+      "(Tensor sum, Tensor norm)");
+  m.def(
+      "add_rms_norm_bwd(Tensor? dsum, Tensor dnorm, Tensor sum, Tensor weight, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "rms_norm_gated(Tensor x, Tensor weight, Tensor gate, float eps=1e-05, str "
       "activation='silu') "
       "-> Tensor");
@@ -247,6 +325,8 @@ TORCH_LIBRARY_IMPL(gdn, CPU, m) {
   m.impl("l2norm_bwd", l2norm_bwd_cpu);
   m.impl("rms_norm", rms_norm_cpu);
   m.impl("rms_norm_bwd", rms_norm_bwd_cpu);
+  m.impl("add_rms_norm", add_rms_norm_cpu);
+  m.impl("add_rms_norm_bwd", add_rms_norm_bwd_cpu);
   m.impl("rms_norm_gated", rms_norm_gated_cpu);
   m.impl("rms_norm_gated_bwd", rms_norm_gated_bwd_cpu);
 }
@@ -256,6 +336,8 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
   m.impl("l2norm_bwd", l2norm_bwd_meta);
   m.impl("rms_norm", rms_norm_meta);
   m.impl("rms_norm_bwd", rms_norm_bwd_meta);
+  m.impl("add_rms_norm", add_rms_norm_meta);
+  m.impl("add_rms_norm_bwd", add_rms_norm_bwd_meta);
   m.impl("rms_norm_gated", rms_norm_gated_meta);
   m.impl("rms_norm_gated_bwd", rms_norm_gated_bwd_meta);
 }
@@ -263,8 +345,9 @@ TORCH_LIBRARY_IMPL(gdn, Meta, m) {
 TORCH_LIBRARY_IMPL(gdn, Autograd, m) {
   m.impl("l2norm", with_autograd<L2Norm, &l2norm>);
   m.impl("rms_norm", with_autograd<RmsNorm, &rms_norm>);
+  m.impl("add_rms_norm", with_autograd<AddRmsNorm, &add_rms_norm>);
   m.impl("rms_norm_gated", with_autograd<RmsNormGated, &rms_norm_gated>);
-  for (const char* op : {"l2norm_bwd", "rms_norm_bwd", "rms_norm_gated_bwd"}) {
+  for (const char* op : {"l2norm_bwd", "rms_norm_bwd", "add_rms_norm_bwd", "rms_norm_gated_bwd"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

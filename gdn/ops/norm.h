@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
+#include <tuple>
 
 #include "gdn/ops/common.h"
 
@@ -33,6 +34,15 @@ inline at::Tensor rms_norm_gated(const at::Tensor& x, const at::Tensor& weight,
       typed_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double,
                           std::string_view)>("gdn::rms_norm_gated");
   return op.call(x, weight, gate, eps, activation);
+}
+
+// A residual sum and the norm that reads it, in one pass: sum = x + scale * y, norm =
+// rms_norm(sum).
+inline std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& y,
+                                                       const at::Tensor& weight, double scale = 1.0,
+                                                       double eps = 1e-5) {
+  static const auto op = typed_op<decltype(add_rms_norm)>("gdn::add_rms_norm");
+  return op.call(x, y, weight, scale, eps);
 }
 
 }  // namespace gdn::ops

@@ -31,6 +31,20 @@ TEST(NormOps, EqualCompositionsInEveryDtype) {
         [](const Tensors& t) { return Tensors{rms(t[0], 1e-3) * t[1]}; },
         {normal({5, 33}), normal({33})}, dtype, "rms_norm");
     testing::expect_same_function(
+        [](const Tensors& t) {
+          auto [sum, norm] = add_rms_norm(t[0], t[1], t[2], 0.5, 1e-3);
+          return Tensors{sum, norm};
+        },
+        [](const Tensors& t) {
+          const Tensor sum = t[0] + 0.5 * t[1];
+          return Tensors{sum, rms(sum, 1e-3) * t[2]};
+        },
+        {normal({5, 33}), normal({5, 33}), normal({33})}, dtype, "add_rms_norm");
+    testing::expect_same_function(
+        [](const Tensors& t) { return Tensors{std::get<1>(add_rms_norm(t[0], t[1], t[2]))}; },
+        [](const Tensors& t) { return Tensors{rms(t[0] + t[1], 1e-5) * t[2]}; },
+        {normal({6, 16}), normal({6, 16}), normal({16})}, dtype, "add_rms_norm, the norm alone");
+    testing::expect_same_function(
         [](const Tensors& t) { return Tensors{rms_norm_gated(t[0], t[1], t[2])}; },
         [](const Tensors& t) { return Tensors{rms(t[0], 1e-5) * t[1] * at::silu(t[2])}; },
         {normal({2, 3, 4, 16}), normal({16}), normal({2, 3, 4, 16})}, dtype, "rms_norm_gated silu");
@@ -53,6 +67,20 @@ TEST(NormOps, SlicesAndMasterWeightsGiveTheSameAsCopies) {
   rms_norm(x, w).sum().backward();
   EXPECT_EQ(w.grad().scalar_type(), at::kFloat);
   EXPECT_EQ(l2norm(at::ones({0, 3})).sizes(), at::IntArrayRef({0, 3}));
+}
+
+TEST(NormOps, TheFusedSumHasTheBitsOfASumAndANorm) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const Tensor x = normal({4, 3, 40}, dtype), y = normal({4, 3, 80}, dtype).slice(-1, 7, 47);
+    const Tensor weight = normal({40}, at::kFloat);
+    const auto [sum, norm] = add_rms_norm(x, y, weight);
+    EXPECT_TRUE(sum.equal(x + y));
+    EXPECT_TRUE(norm.equal(rms_norm(sum, weight)));
+  }
+  EXPECT_EQ(error_of([] {
+              add_rms_norm(at::ones({2, 4}), at::ones({3, 4}), at::ones({4}));
+            }),
+            "[add_rms_norm] y must be of the shape of x = [2, 4], got [3, 4]");
 }
 
 TEST(NormOps, ErrorsNameOpRuleAndValue) {

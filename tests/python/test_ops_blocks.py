@@ -47,6 +47,7 @@ class Case:
 CASES = [
     Case("l2norm", gdn.l2norm, lambda: (normal(2, 3, 5),), {}),
     Case("rms_norm", gdn.rms_norm, lambda: (normal(2, 3, 5), normal(5)), {"eps": 1e-3}),
+    Case("add_rms_norm", gdn.add_rms_norm, lambda: (normal(2, 3, 5), normal(2, 3, 5), normal(5)), {"scale": 0.5}),
     Case("rms_norm_gated", gdn.rms_norm_gated, lambda: (normal(2, 3, 5), normal(5), normal(2, 3, 5)), {}),
     Case(
         "rms_norm_gated-sigmoid",

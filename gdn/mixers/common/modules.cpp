@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/common/modules.h"
 
+#include <ATen/ops/add.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -154,6 +155,16 @@ RmsNorm::RmsNorm(int64_t size, double eps) : eps_(eps) {
 at::Tensor RmsNorm::forward(const at::Tensor& x, bool naive) {
   if (naive) return naive::rms_norm(x, weight.to(x.scalar_type()), eps_);
   return ops::rms_norm(x, weight, eps_);
+}
+
+std::pair<at::Tensor, at::Tensor> RmsNorm::forward_added(const at::Tensor& x, const at::Tensor& y,
+                                                         double scale, bool naive) {
+  if (naive || x.scalar_type() != y.scalar_type()) {
+    const at::Tensor sum = at::add(x, y, scale);
+    return {sum, forward(sum, naive)};
+  }
+  auto [sum, norm] = ops::add_rms_norm(x, y, weight, scale, eps_);
+  return {sum, norm};
 }
 
 at::Tensor RmsNorm::forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive,

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <mutex>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "gdn/mixers/common/state_access.h"
@@ -91,6 +92,9 @@ class RmsNorm : public torch::nn::Module {
  public:
   RmsNorm(int64_t size, double eps);
   at::Tensor forward(const at::Tensor& x, bool naive);
+  // x + scale * y, and the norm of that, in one pass over memory.
+  std::pair<at::Tensor, at::Tensor> forward_added(const at::Tensor& x, const at::Tensor& y,
+                                                  double scale, bool naive);
   at::Tensor forward_gated(const at::Tensor& x, const at::Tensor& gate, bool naive,
                            std::string_view activation = "silu");  // or "swish", "sigmoid"
 
