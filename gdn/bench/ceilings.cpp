@@ -11,6 +11,8 @@
 #include <thread>
 #include <tuple>
 
+#include "gdn/kernels/simd/targets.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "gdn/bench/ceilings.cpp"
 // clang-format off
@@ -370,11 +372,6 @@ std::string cpu_name() {
     if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
   }
   return "unknown CPU";
-}
-
-std::string simd_target() {
-  const int64_t usable = hwy::SupportedTargets() & HWY_TARGETS;
-  return hwy::TargetName(usable & -usable);  // the lowest bit is the best
 }
 
 }  // namespace gdn::bench

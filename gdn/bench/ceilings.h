@@ -52,9 +52,6 @@ class Ceilings {
   int threads_;
 };
 
-// "AMD EPYC 9R14", and what the kernel says about caches.
-std::string cpu_name();
-// The SIMD target that the kernels run on here: "AVX3".
-std::string simd_target();
+std::string cpu_name();  // "AMD EPYC 9R14"
 
 }  // namespace gdn::bench

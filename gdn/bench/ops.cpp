@@ -13,7 +13,6 @@
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softplus.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -49,25 +48,13 @@ struct DeltaShape {
   int64_t B, T, H, HV, K, V;
   bool channel_gate = false;
   at::ScalarType dtype = at::kFloat;
-  std::vector<int64_t> lengths = {};  // of packed sequences, T in all
 
   std::string text() const {
     std::string s = str_cat(channel_gate ? "KDA" : "GDN", " ", name_of(dtype), " T=", T, " H=", H);
     if (HV != H) s += str_cat(" HV=", HV);
     if (B != 1) s += str_cat(" B=", B);
     if (K != 128 || V != 128) s += str_cat(" K=", K, " V=", V);
-    if (!lengths.empty()) {
-      const bool equal = std::adjacent_find(lengths.begin(), lengths.end(),
-                                            std::not_equal_to<>()) == lengths.end();
-      s += str_cat(" packed, ", lengths.size(), equal ? " equal" : " mixed");
-    }
     return s;
-  }
-  ops::OptionalTensor cu_seqlens() const {
-    if (lengths.empty()) return std::nullopt;
-    std::vector<int64_t> ends = {0};
-    for (const int64_t length : lengths) ends.push_back(ends.back() + length);
-    return at::tensor(ends, at::kLong);
   }
   // Three products with the state and the triangles of a chunk of 32.
   double flops() const {
@@ -88,8 +75,8 @@ Tensors delta_inputs(const DeltaShape& s, bool grad) {
   return inputs;
 }
 
-Tensor delta_forward(const Tensors& x, const ops::OptionalTensor& cu_seqlens) {
-  return std::get<0>(ops::delta_rule(x[0], x[1], x[2], x[3], x[4], {}, {}, {}, {}, cu_seqlens,
+Tensor delta_forward(const Tensors& x) {
+  return std::get<0>(ops::delta_rule(x[0], x[1], x[2], x[3], x[4], {}, {}, {}, {}, {},
                                      /*output_final_state=*/false, "key", "chunk",
                                      /*chunk_size=*/0, /*save=*/false));
 }
@@ -100,15 +87,14 @@ void bench_delta(Report& report, Ceilings& ceilings, const Options& options, int
   if (!report.wanted(forward) && !report.wanted(both)) return;
   const Tensors plain = delta_inputs(shape, false), wanted = delta_inputs(shape, true);
   const Tensor d_o = at::randn({shape.B, shape.T, shape.HV, shape.V}).to(shape.dtype);
-  const ops::OptionalTensor cu_seqlens = shape.cu_seqlens();
-  const std::vector<double> seconds = median_seconds(
-      std::vector<std::function<void()>>{
-          [&] {
-            const c10::NoGradGuard no_grad;
-            delta_forward(plain, cu_seqlens);
-          },
-          [&] { torch::autograd::grad({delta_forward(wanted, cu_seqlens)}, wanted, {d_o}); }},
-      options.seconds);
+  const std::vector<double> seconds =
+      median_seconds(std::vector<std::function<void()>>{
+                         [&] {
+                           const c10::NoGradGuard no_grad;
+                           delta_forward(plain);
+                         },
+                         [&] { torch::autograd::grad({delta_forward(wanted)}, wanted, {d_o}); }},
+                     options.seconds);
   const double tokens = static_cast<double>(shape.B * shape.T);
   Row row{forward, threads, seconds[0], 1e-9 * shape.flops() / seconds[0], "GFLOP/s"};
   row.ceiling = ceilings.fma();
@@ -126,7 +112,7 @@ void bench_long(Report& report, Ceilings& ceilings, const Options& options, int 
   if (!report.wanted(name)) return;
   const c10::NoGradGuard no_grad;
   const Tensors x = delta_inputs(shape, false);
-  const double seconds = median_seconds([&] { delta_forward(x, {}); }, options.seconds);
+  const double seconds = median_seconds([&] { delta_forward(x); }, options.seconds);
   Row row(name, threads, seconds, 1e-9 * shape.flops() / seconds, "GFLOP/s");
   row.ceiling = ceilings.fma();
   row.extra = {{"tok/s", static_cast<double>(shape.T) / seconds}};
@@ -377,19 +363,7 @@ int run_ops(const Options& options) {
         for (const int64_t H : {16, 32}) shapes.push_back({1, T, H, H, 128, 128});
       }
       for (const int64_t T : {512, 4096}) shapes.push_back({1, T, 16, 16, 128, 128, true});
-      for (const int64_t size : {64, 96, 100, 192, 200, 256}) {
-        shapes.push_back({1, 512, 16, 16, size, size});
-      }
-      for (const int64_t group : {2, 4}) shapes.push_back({1, 512, 8, 8 * group, 128, 128});
-      for (const int64_t heads : {1, 2, 3}) shapes.push_back({1, 4096, heads, heads, 128, 128});
-    }
-    if (fp32) {
       for (const int64_t T : {2048, 8192, 16384}) shapes.push_back({1, T, 16, 16, 128, 128});
-      DeltaShape packed{1, 4096, 16, 16, 128, 128};
-      packed.lengths.assign(8, 512);
-      shapes.push_back(packed);
-      packed.lengths = {1500, 17, 900, 333, 64, 1, 1000, 281};
-      shapes.push_back(packed);
     }
     if (bf16) shapes.push_back({1, 512, 16, 16, 128, 128, false, at::kBFloat16});
     for (const DeltaShape& shape : shapes) bench_delta(report, ceilings, options, threads, shape);

@@ -13,6 +13,7 @@
 #include "gdn/base/file.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
+#include "gdn/kernels/simd/targets.h"
 
 namespace gdn::bench {
 namespace {
@@ -152,7 +153,7 @@ int run_ceilings(const Options& options) {
     const int t = static_cast<int>(n);
     report.heading("arithmetic, " + std::to_string(t) + (t == 1 ? " thread" : " threads"));
     const double fma = fma_gflops(t);
-    add("fp32 multiply-add, " + simd_target(), t, fma, "GFLOP/s");
+    add(str_cat("fp32 multiply-add, ", simd_target()), t, fma, "GFLOP/s");
     if (const auto avx2 = avx2_fma_gflops(t)) add("fp32 multiply-add, AVX2", t, *avx2, "GFLOP/s");
     if (const auto bf16 = bf16_gflops(t)) {
       add("bf16 products, AVX512_BF16", t, *bf16, "GFLOP/s");
