@@ -140,15 +140,6 @@ class Figures:
 SMALL = ("short conv", "RMS norm", "gated RMS norm", "L2 norm", "SwiGLU", "channel gate", "cross-entropy")
 
 
-def divide(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
-
-
-def percent(figures: Figures, part: str, name: str, t: int) -> float | None:
-    row = figures.row(part, name, t)
-    return None if row is None or "of_ceiling" not in row else 100 * row["of_ceiling"]
-
-
 def verdict(numbers: list[float], goal: float, at_least: bool) -> str:
     if not numbers:
         return "not measured"

@@ -43,11 +43,11 @@ void norm_forward(const NormParams& params, void* y /* T [rows, dim] */,
 struct NormGrads {
   const void* dy = nullptr;  // T [rows, dim]
   RowLayout dy_layout;
+  void* dx = nullptr;          // T [rows, dim]
+  void* dgate = nullptr;       // T [rows, dim], with a gate
+  void* dweight = nullptr;     // A [dim]; null: not wanted
   const void* dsum = nullptr;  // T [rows, dim], added to dx; null: none
   RowLayout dsum_layout;
-  void* dx = nullptr;       // T [rows, dim]
-  void* dgate = nullptr;    // T [rows, dim], with a gate
-  void* dweight = nullptr;  // A [dim]; null: not wanted
 };
 void norm_backward(const NormParams& params, const NormGrads& grads);
 

@@ -104,7 +104,9 @@ TEST_F(Bench, MixersRunsWhatTheFilterNames) {
   const Result result = call({"bench", "mixers", "--filter", "gated_delta_net", "--hidden-size",
                               "64", "--seconds", "0.001", "--threads", "1", "--json"});
   const json rows = rows_of(result);
-  EXPECT_EQ(json::parse(result.out).at("notes"), json::array());
+  for (const json& note : json::parse(result.out).at("notes")) {
+    EXPECT_FALSE(note.get<std::string>().starts_with("gated_delta_net,")) << note;
+  }
   std::vector<std::string> names;
   for (const json& row : rows) {
     if (row["name"].get<std::string>().starts_with("gated_delta_net "))

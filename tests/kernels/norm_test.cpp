@@ -190,5 +190,55 @@ TEST(Norm, RejectsSizesAndEps) {
   EXPECT_NO_THROW(norm_forward(p, nullptr));  // no rows
 }
 
+TYPED_TEST(NormTest, AddsResidualsForwardAndBackward) {
+  using T = TypeParam;
+  constexpr int64_t kRows = 6, kDim = 37, kStride = 40;
+  constexpr double kScale = 0.5;
+  const std::vector<T> x = random_normal<T>(kRows * kDim, 1),
+                       dy = random_normal<T>(kRows * kDim, 2),
+                       add = random_normal<T>(kRows * kStride, 3),
+                       dsum = random_normal<T>(kRows * kStride, 4);
+  testing::for_each_target([&](const std::string& target) {
+    NormParams p;
+    p.kind = NormKind::kRms;
+    p.rows = kRows;
+    p.dim = kDim;
+    p.dtype = kDTypeOf<T>;
+    p.eps = 1e-5;
+    p.x = x.data();
+    p.add = add.data();
+    p.add_layout = {1, kStride};
+    p.add_scale = kScale;
+    std::vector<T> y(x.size()), sum(x.size()), again(x.size()), dx(x.size());
+    norm_forward(p, y.data(), sum.data());
+    std::vector<double> expected(x.size());
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t i = 0; i < kDim; ++i) {
+        expected[row * kDim + i] =
+            load(&x[row * kDim + i]) + kScale * load(&add[row * kStride + i]);
+      }
+    }
+    testing::expect_close(sum, expected, tolerance<T>(), target + " sum");
+    p.add = nullptr;
+    p.x = sum.data();
+    norm_forward(p, again.data());
+    EXPECT_TRUE(testing::same_bits(y, again)) << target;
+
+    NormGrads grads;
+    grads.dy = dy.data();
+    grads.dx = dx.data();
+    grads.dsum = dsum.data();
+    grads.dsum_layout = {1, kStride};
+    norm_backward(p, grads);
+    std::vector<double> naive(x.size());
+    norm_naive_backward(p, to_double(dy).data(), naive.data(), nullptr, nullptr);
+    for (int64_t row = 0; row < kRows; ++row) {
+      for (int64_t i = 0; i < kDim; ++i) naive[row * kDim + i] += load(&dsum[row * kStride + i]);
+    }
+    testing::expect_close(dx, naive, tolerance<T>(), target + " dx");
+    EXPECT_THROW(norm_forward(p, y.data(), sum.data()), Error);
+  });
+}
+
 }  // namespace
 }  // namespace gdn
