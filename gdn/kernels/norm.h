@@ -47,7 +47,7 @@ struct NormGrads {
   void* dgate = nullptr;       // T [rows, dim], with a gate
   void* dweight = nullptr;     // A [dim]; null: not wanted
   const void* dsum = nullptr;  // T [rows, dim], added to dx; null: none
-  RowLayout dsum_layout;
+  RowLayout dsum_layout = {};
 };
 void norm_backward(const NormParams& params, const NormGrads& grads);
 

@@ -298,6 +298,8 @@ at::Tensor CausalLM::loss(const at::Tensor& ids, const at::Tensor& targets,
     h = at::index_select(h, 0, scored);
     flat_targets = at::index_select(flat_targets, 0, scored);
   }
+  impl_->tied_head.clear();
+  if (impl_->lm_head) impl_->lm_head->forget_casts();
   const at::Tensor& weight = impl_->lm_head ? impl_->lm_head->weight : impl_->embeddings->weight;
   const at::Tensor loss = ops::linear_cross_entropy(h, weight, flat_targets);
   const at::Tensor& auxiliary = with_shared.shared->auxiliary_loss;

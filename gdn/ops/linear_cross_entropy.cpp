@@ -6,6 +6,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -83,6 +84,9 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     return r.loss;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    GDN_CHECK(
+        !c10::GradMode::is_enabled(),
+        "[linear_cross_entropy] has no second derivative; call backward without create_graph");
     const variable_list saved = ctx->get_saved_variables();
     const double scale = grads[0].item<double>();
     const auto scaled = [scale](const Tensor& t) {

@@ -123,7 +123,7 @@ TEST_F(Bench, WrongUsageIsRefused) {
   EXPECT_EQ(call({"bench"}).status, 2);
   EXPECT_EQ(call({"bench", "everything"}).status, 2);
   EXPECT_EQ(call({"bench", "ops", "--threads", "0"}).status, 2);
-  EXPECT_EQ(call({"bench", "train", "--config", "no such file"}).status, 1);
+  EXPECT_EQ(call({"bench", "train", "--config", "no such file"}).status, 2);
 }
 
 TEST(Ceilings, FollowTheHardware) {

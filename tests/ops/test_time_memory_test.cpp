@@ -254,8 +254,9 @@ TEST_P(TestTimeMemory, EqualsTheTokenLoopWithAllGradients) {
       const Tensor zero = at::zeros(t->sizes(), at::kDouble);
       expect_near(dx[n].defined() ? dx[n] : zero, dx64[n].defined() ? dx64[n] : zero, 1e-10,
                   "gradient of " + name + " from output " + std::to_string(i));
-      if (i == y.size() && name != "gradient_at" && name != "momentum")
+      if (i == y.size() && name != "gradient_at" && name != "momentum") {
         EXPECT_GT(dx64[n].abs().max().item<double>(), 1e-6) << name;
+      }
       ++n;
     }
   }

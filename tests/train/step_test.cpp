@@ -5,11 +5,15 @@
 #include <ATen/Context.h>
 #include <ATen/ops/allclose.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <c10/core/GradMode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <limits>
+
+#include "gdn/train/optimizer.h"
 
 namespace gdn {
 namespace {
@@ -54,6 +58,33 @@ class Step : public ::testing::Test {
   std::shared_ptr<CausalLM> model_;
   NamedTensors parameters_;
 };
+
+// Decoding in bf16 keeps cast weights; an optimizer's step must not leave it with the old ones.
+TEST_F(Step, DecodingSeesWhatTheOptimizerChanged) {
+  model_->set_compute_dtype(at::kBFloat16);
+  const auto logits = [&] {
+    const c10::NoGradGuard no_grad;
+    return model_->logits(model_->hidden(at::full({1, 1}, 3, at::kLong)));
+  };
+  AdamW optimizer(parameters_, {});
+  at::Tensor before = logits();
+  for (const bool decode_before_the_step : {false, true}) {
+    accumulate_gradients(*model_, {to_tensors(batch(2, 1, false))});
+    if (decode_before_the_step) {
+      EXPECT_TRUE(at::equal(logits(), before));
+    }
+    optimizer.step(0.05, 0);
+    optimizer.zero_grad();
+    const at::Tensor after = logits();
+    EXPECT_FALSE(at::allclose(after, before, 1e-2, 1e-2));
+    for (auto& [name, p] : parameters_) {
+      const c10::NoGradGuard no_grad;
+      p.mul_(1);  // counts the version up, so that every cast is made anew
+    }
+    EXPECT_TRUE(at::equal(after, logits()));
+    before = after;
+  }
+}
 
 // Batches of different sizes and with different numbers of targets must count by their targets.
 TEST_F(Step, AccumulatingEqualsOneLargeBatch) {

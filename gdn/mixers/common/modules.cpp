@@ -60,7 +60,8 @@ ops::Projection CastCache::get(const at::Tensor& weight, const at::Tensor& bias,
   const auto cast = [&] {
     return ops::Projection{weight.to(dtype).contiguous(), in_dtype(bias, dtype)};
   };
-  if (weight.is_inference()) return cast();  // does not tell when it changes
+  // An inference tensor has no version; see the header for gradients.
+  if (weight.is_inference() || weight.grad().defined()) return cast();
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!cast_.weight.defined() || cast_.weight.scalar_type() != dtype ||
       of_ != weight.const_data_ptr() || version_ != weight._version()) {
@@ -71,8 +72,14 @@ ops::Projection CastCache::get(const at::Tensor& weight, const at::Tensor& bias,
   return cast_;
 }
 
+void CastCache::clear() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  cast_ = {};
+}
+
 at::Tensor Linear::forward(const at::Tensor& x) {
   if (ops::is_few_rows(x)) return forward_all(x, {this})[0];
+  if (c10::GradMode::is_enabled()) cast_.clear();
   std::optional<at::Tensor> b;
   if (bias.defined()) b = bias.to(x.scalar_type());
   return ops::linear(x, weight.to(x.scalar_type()), b);

@@ -33,10 +33,13 @@ class SkipInitialization {
 };
 
 // Parameters in the dtype of the activations, for decoding: casting them costs more than
-// multiplying one token by them, so a cast is kept until the parameter changes.
+// multiplying one token by them, so a cast is kept until the parameter changes. Torch's fused
+// optimizers change parameters without counting their version up. Therefore nothing is kept while a
+// gradient waits to be applied, and who runs the layer for training calls clear().
 class CastCache {
  public:
   ops::Projection get(const at::Tensor& weight, const at::Tensor& bias, at::ScalarType dtype);
+  void clear();
 
  private:
   std::mutex mutex_;
@@ -55,6 +58,7 @@ class Linear : public torch::nn::Module {
   // A mixer whose initialisation is part of its definition sets this; the model then leaves the
   // values alone.
   bool keeps_initialisation = false;
+  void forget_casts() { cast_.clear(); }
 
  private:
   friend std::vector<at::Tensor> forward_all(const at::Tensor& x,
