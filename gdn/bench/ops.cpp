@@ -370,7 +370,8 @@ int run_ops(const Options& options) {
     if (fp32) bench_long(report, ceilings, options, threads, {1, 65536, 16, 16, 128, 128});
     if (fp32) {
       report.heading("decode step in place; ceiling: read and write in place of the states");
-      for (const auto& [B, H] : {std::pair<int, int>{1, 16}, {1, 32}, {4, 16}, {16, 16}, {16, 32}}) {
+      for (const auto& [B, H] :
+           {std::pair<int, int>{1, 16}, {1, 32}, {4, 16}, {16, 16}, {16, 32}}) {
         bench_step(report, ceilings, options, threads, B, H);
       }
     }
@@ -378,9 +379,9 @@ int run_ops(const Options& options) {
     for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
       if (!(dtype == at::kFloat ? fp32 : bf16)) continue;
       for (const auto& [rows, in, out] : {std::tuple<int, int, int>{4096, 256, 256},
-                                         {4096, 256, 768},
-                                         {4096, 768, 256},
-                                         {2048, 2048, 2048}}) {
+                                          {4096, 256, 768},
+                                          {4096, 768, 256},
+                                          {2048, 2048, 2048}}) {
         bench_linear(report, ceilings, options, threads, dtype, rows, in, out);
       }
     }
