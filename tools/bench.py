@@ -67,11 +67,13 @@ def parts(build: pathlib.Path, quick: bool) -> list[tuple[str, list[str]]]:
     return list_
 
 
-def run(build: pathlib.Path, quick: bool) -> int:
+def run(build: pathlib.Path, quick: bool, only: list[str]) -> int:
     result = {"date": time.strftime("%Y-%m-%d"), "quick": quick, "parts": {}, "failed": {}}
     environment = dict(os.environ, GDN_LIBRARY=str(build / "libgdn.so"))
     with tempfile.TemporaryDirectory() as folder:
         for name, command in parts(build, quick):
+            if only and name not in only:
+                continue
             out = pathlib.Path(folder) / f"{slug(name)}.json"
             print(f"== {name}", flush=True)
             start = time.monotonic()
@@ -80,6 +82,7 @@ def run(build: pathlib.Path, quick: bool) -> int:
                 if done.returncode != 0:
                     raise RuntimeError(f"exit status {done.returncode}")
                 result["parts"][name] = json.loads(out.read_text())
+                save(result)  # so that a run that is stopped keeps what it has
             except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
                 result["failed"][name] = str(error)
                 print(f"{name}: failed: {error}", file=sys.stderr)
@@ -87,6 +90,11 @@ def run(build: pathlib.Path, quick: bool) -> int:
     if not result["parts"]:
         print("no benchmark ran", file=sys.stderr)
         return 1
+    print(f"wrote {save(result).relative_to(ROOT)}")
+    return 1 if result["failed"] else 0
+
+
+def save(result: dict) -> pathlib.Path:
     for part in result["parts"].values():
         if isinstance(part, dict) and isinstance(part.get("machine"), dict):
             result["machine"], result["versions"] = part["machine"], part["versions"]
@@ -95,8 +103,7 @@ def run(build: pathlib.Path, quick: bool) -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{slug(machine['cpu'])}-{machine['cores']}-cpus.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
-    return 1 if result["failed"] else 0
+    return path
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -443,11 +450,12 @@ def main() -> int:
     measure = commands.add_parser("run", help="run the benchmarks")
     measure.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
     measure.add_argument("--quick", action="store_true", help="short measurements: to see that everything works")
+    measure.add_argument("--only", nargs="+", default=[], metavar="PART", help="e.g. ceilings ops 'engine 1' peers")
     write = commands.add_parser("report", help="write the document's tables and pictures")
     write.add_argument("--results", type=pathlib.Path, help="default: the newest in bench/results")
     args = parser.parse_args()
     if args.command == "run":
-        return run(args.build.resolve(), args.quick)
+        return run(args.build.resolve(), args.quick, args.only)
     results = args.results or max(RESULTS.glob("*.json"), key=lambda p: p.stat().st_mtime, default=None)
     if results is None:
         print("no results yet: tools/bench.py run", file=sys.stderr)
