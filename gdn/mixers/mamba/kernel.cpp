@@ -14,39 +14,15 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
+#include "gdn/kernels/scan_sequences.h"
 #include "gdn/kernels/simd/scan-inl.h"
 #include "gdn/mixers/mamba/kernel.h"
-
-#ifndef GDN_MAMBA_KERNEL_ONCE  // what does not depend on the SIMD target
-#define GDN_MAMBA_KERNEL_ONCE
-namespace gdn::selective_scan {
-
-struct Span {
-  int64_t begin, end;
-};
-
-inline Span sequence(const SelectiveScanParams& p, int64_t n) {
-  if (p.cu_seqlens != nullptr) return {p.cu_seqlens[n], p.cu_seqlens[n + 1]};
-  const int64_t length = p.num_sequences == 0 ? 0 : p.total_tokens / p.num_sequences;
-  return {n * length, (n + 1) * length};
-}
-
-inline int64_t chunks_of(Span seq) { return (seq.end - seq.begin + kScanChunk - 1) / kScanChunk; }
-
-// The row of `saved` for the first chunk of sequence n. Rows may stay unused, so that their number
-// does not depend on how the tokens are cut.
-inline int64_t first_chunk(const SelectiveScanParams& p, int64_t n) {
-  return sequence(p, n).begin / kScanChunk + n;
-}
-
-}  // namespace gdn::selective_scan
-#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-using selective_scan::Span;
+using scan::Span;
 
 inline constexpr int64_t kTile = kScanTile;
 
@@ -178,10 +154,10 @@ void forward(const SelectiveScanParams& p, T* y, Acc<T>* final_state, Acc<T>* sa
       const int64_t state = (n * p.channels + in.first) * S;
       const A* initial = static_cast<const A*>(p.initial);
       load_tile(initial == nullptr ? initial : initial + state, S, in.width, h.data());
-      const Span seq = selective_scan::sequence(p, n);
+      const Span seq = scan::sequence(p, n);
       A* keep = saved == nullptr
                     ? nullptr
-                    : saved + selective_scan::first_chunk(p, n) * S * p.channels + in.first;
+                    : saved + scan::first_chunk(p, n, kScanChunk) * S * p.channels + in.first;
       for (int64_t t = seq.begin; t < seq.end; t += kScanChunk) {
         for (int64_t s = 0; keep != nullptr && s < S; ++s)
           std::copy_n(h.data() + s * kTile, in.width, keep + s * p.channels);
@@ -327,12 +303,12 @@ void backward(const SelectiveScanParams& p, const Acc<T>* saved, const Selective
         const int64_t state = (n * channels + first) * S;
         const A* d_final = static_cast<const A*>(g.d_final);
         load_tile(d_final == nullptr ? d_final : d_final + state, S, in.width, dh.data());
-        const Span seq = selective_scan::sequence(p, n);
-        for (int64_t c = selective_scan::chunks_of(seq) - 1; c >= 0; --c) {
+        const Span seq = scan::sequence(p, n);
+        for (int64_t c = scan::chunks_of(seq, kScanChunk) - 1; c >= 0; --c) {
           const int64_t t = seq.begin + c * kScanChunk;
           const Span span{t, std::min(seq.end, t + kScanChunk)};
           const int64_t rows = span.end - t;
-          const A* start = saved + (selective_scan::first_chunk(p, n) + c) * S * channels + first;
+          const A* start = saved + (scan::first_chunk(p, n, kScanChunk) + c) * S * channels + first;
           scratch.clear();
           in.load_chunk(span);
           if (g.dy != nullptr)

@@ -13,6 +13,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
+#include "gdn/kernels/scan_sequences.h"
 #include "gdn/kernels/simd/scan-inl.h"
 #include "gdn/mixers/rwkv4/kernel.h"
 
@@ -20,26 +21,7 @@
 #define GDN_RWKV4_KERNEL_ONCE
 namespace gdn::wkv {
 
-inline constexpr int64_t kTile = 64;       // channels: a few cache lines of each token
 inline constexpr double kNothing = -1e38;  // the largest exponent of no terms at all
-
-struct Span {
-  int64_t begin, end;
-};
-
-inline Span sequence(const WkvParams& p, int64_t n) {
-  if (p.cu_seqlens != nullptr) return {p.cu_seqlens[n], p.cu_seqlens[n + 1]};
-  const int64_t length = p.num_sequences == 0 ? 0 : p.total_tokens / p.num_sequences;
-  return {n * length, (n + 1) * length};
-}
-
-inline int64_t chunks_of(Span seq) { return (seq.end - seq.begin + kWkvChunk - 1) / kWkvChunk; }
-
-// The row of `saved` for the first chunk of sequence n. Rows may stay unused, so that their number
-// does not depend on how the tokens are cut.
-inline int64_t first_chunk(const WkvParams& p, int64_t n) {
-  return sequence(p, n).begin / kWkvChunk + n;
-}
 
 }  // namespace gdn::wkv
 #endif
@@ -48,7 +30,7 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-using wkv::Span;
+using scan::Span;
 
 inline constexpr int64_t kTile = kScanTile;
 
@@ -121,10 +103,10 @@ void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
     for (int64_t task = begin, count = 0; task < end; task += count) {
       const int64_t n = task / tiles, from = task % tiles;
       count = std::min(tiles - from, end - task);
-      const Span seq = wkv::sequence(p, n);
+      const Span seq = scan::sequence(p, n);
       const A* initial = static_cast<const A*>(p.initial);
       if (initial != nullptr) initial += n * 3 * C;
-      A* keep = saved == nullptr ? nullptr : saved + wkv::first_chunk(p, n) * 3 * C;
+      A* keep = saved == nullptr ? nullptr : saved + scan::first_chunk(p, n, kWkvChunk) * 3 * C;
       // f(d, c, i, state) for the channels c of tile j, at i within it
       const auto for_channels = [&](int64_t j, auto&& f) HWY_ATTR {
         const int64_t first = (from + j) * kTile;
@@ -279,10 +261,10 @@ void unwind_sequence(const WkvParams& p, int64_t n, int64_t from, int64_t count,
                      WkvWalk<Acc<T>>* walks) {
   using A = Acc<T>;
   const int64_t C = p.channels;
-  const Span seq = wkv::sequence(p, n);
+  const Span seq = scan::sequence(p, n);
   const A* d_final = g.d_final == nullptr ? nullptr : static_cast<const A*>(g.d_final) + n * 3 * C;
   const A* initial = p.initial == nullptr ? nullptr : static_cast<const A*>(p.initial) + n * 3 * C;
-  for (int64_t chunk = wkv::chunks_of(seq) - 1; chunk >= 0; --chunk) {
+  for (int64_t chunk = scan::chunks_of(seq, kWkvChunk) - 1; chunk >= 0; --chunk) {
     const int64_t t = seq.begin + chunk * kWkvChunk, rows = std::min(seq.end - t, kWkvChunk);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
@@ -333,8 +315,8 @@ void backward(const WkvParams& p, const Acc<T>* saved, const WkvGrads& g) {
       count = std::min(tiles - from, end - task);
       std::vector<WkvWalk<A>> walks(count);
       for (int64_t n = groups.begin(group); n < groups.end(group); ++n)
-        unwind_sequence<T>(p, n, from, count, saved + wkv::first_chunk(p, n) * 3 * C, g, tile,
-                           walks.data());
+        unwind_sequence<T>(p, n, from, count, saved + scan::first_chunk(p, n, kWkvChunk) * 3 * C, g,
+                           tile, walks.data());
       for (int64_t j = 0; j < count; ++j) {
         const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
         std::copy_n(walks[j].dw, width, partial.data() + group * 2 * C + first);
