@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs every benchmark into one file per machine, and writes the tables and pictures of docs/performance.md from it.
 
-    tools/bench.py run      [--build build] [--quick]   -> bench/results/<machine>.json (about 12 minutes)
+    tools/bench.py run      [--build build] [--quick]   -> bench/results/<machine>.json (tens of minutes)
     tools/bench.py report   [--results FILE]            -> docs/performance.md between its markers, docs/images/*.png
 
 `run` goes on when a part fails, and says so in the file; what needs transformers is left out where it is not installed
