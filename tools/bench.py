@@ -126,23 +126,49 @@ class Figures:
         row = self.row(part, name, t)
         return row["ms"] if row else None
 
-    def peer(self, mode: str, t: int, T: int | None = None, H: int | None = None) -> float | None:
-        """How many times as fast as the peer."""
+    def peer_row(self, mode: str, t: int, T: int | None = None, H: int | None = None) -> dict | None:
         for row in self.result["parts"].get("peers", {}).get("rows", []):
             if row["mode"] == mode and row["threads"] == t and row.get("T") == T and row.get("H") == H:
-                return row["peer_ms"] / row["gdn_ms"]
+                return row
         return None
 
-    def each(self, value, form: str) -> tuple[str, list[float]]:
-        """`value(t)` for each number of threads, as text and as a list; "-" where it is missing."""
-        texts, numbers = [], []
-        for t in self.threads:
-            number = value(t)
-            texts.append("-" if number is None else form.format(number))
-            if number is not None:
-                numbers.append(number)
-        return " / ".join(texts), numbers
+    def fp32_peak(self, t: int) -> float | None:
+        row = self.row("ceilings", f"fp32 multiply-add, {self.result.get('machine', {}).get('simd')}", t)
+        return row["rate"] if row else None
 
+    def bf16_peak(self, t: int) -> float | None:
+        rows = [self.row("ceilings", f"bf16 products, {name}", t) for name in ("AMX", "AVX512_BF16")]
+        return max([row["rate"] for row in rows if row], default=self.fp32_peak(t))
+
+    def possible(self, row: dict) -> float | None:
+        """How many times as fast as the peer this row would be if it were nothing but its products, at the peak."""
+        fp32, bf16 = self.fp32_peak(row["threads"]), self.bf16_peak(row["threads"])
+        if fp32 is None:
+            return None
+        if row["mode"] in OP_FLOP:
+            least_ms = 1e-6 * OP_FLOP[row["mode"]] * row["T"] * row["H"] / fp32
+        elif row["mode"].startswith("train"):
+            products = MODEL_PRODUCTS / (bf16 if row["mode"].endswith("bf16") else fp32)
+            least_ms = 1e-6 * row["tokens"] * (products + MODEL_OP / fp32)
+        else:
+            return None
+        return row["peer_ms"] / least_ms
+
+    def mixer(self, name: str, what: str, key: str = "ms") -> float | None:
+        """A figure of `gdn bench mixers`, which runs on all threads."""
+        row = self.row("mixers", f"{name} {what}", self.threads[-1]) if self.threads else None
+        return row.get(key) if row else None
+
+    def mixer_names(self) -> list[str]:
+        rows = self.result["parts"].get("mixers", {}).get("rows", [])
+        return list(dict.fromkeys(row["name"].split(" ")[0] for row in rows))
+
+
+# Operations that the chunk form cannot avoid, per token and head at K = V = 128 (docs/performance.md, Method).
+OP_FLOP = {"forward": 114688, "forward + backward": 352256}
+# The model of bench/peers.py per token of a training step: products with weights (6 for each of them), and the op.
+MODEL_PRODUCTS = 6 * (4 * (5 * 256 * 256 + 2 * 256 * 4 + 3 * 256 * 768) + 512 * 256)
+MODEL_OP = 4 * 4 * 102400
 
 SMALL = ("short conv", "RMS norm", "gated RMS norm", "L2 norm", "SwiGLU", "channel gate", "cross-entropy")
 
@@ -170,57 +196,73 @@ def engine_rows(f: Figures):
         )
 
 
+def mixer_goals(f: Figures):
+    """The goals of whole layers of equal width: flat in T, and what one may cost beside another."""
+    flat = {}
+    for name in f.mixer_names():
+        if f.mixer(name, "forward T=16384"):  # measured for the recurrent ones
+            whats = ("forward T=8192", "forward T=16384", "forward+backward T=8192")
+            flat[name] = max(f.mixer(name, what, "times T=512") or 0 for what in whats)
+    if flat:
+        above = ", ".join(f"{name} {value:.2f}" for name, value in flat.items() if value > 1.15)
+        yield (
+            "recurrent mixers: time per token at T=8192 and 16384 beside T=512",
+            "at most 1.15x",
+            f"{sum(v <= 1.15 for v in flat.values())} of {len(flat)} mixers" + (f"; above: {above}" if above else ""),
+            verdict(list(flat.values()), 1.15, False),
+        )
+    for name, base, goal in (
+        ("kimi_delta_attention", "gated_delta_net", 1.5),
+        ("delta_net", "gated_delta_net", 1),
+        ("linear_attention", "gated_delta_net", 1),
+        ("mamba2", "gated_delta_net", 1),
+        ("dplr", "kimi_delta_attention", None),
+        ("ttt_linear", "gated_delta_net", 4),
+        ("titans_lmm", "gated_delta_net", 10),
+    ):
+        ratios = []
+        for what in ("forward T=8192", "forward+backward T=8192"):
+            times = f.mixer(name, what), f.mixer(base, what)
+            if all(times):
+                ratios.append(times[0] / times[1])
+        if goal in (4, 10):  # of training
+            ratios = ratios[1:]
+        figure = " / ".join(f"{ratio:.2f}x" for ratio in ratios) or "-"
+        what = "forward + backward" if goal in (4, 10) else "forward / forward + backward"
+        judged = verdict(ratios, goal, False) if goal else "printed"
+        yield f"layer of {name}: time of {base}, {what}", f"at most {goal}x" if goal else "-", figure, judged
+
+
 def goal_rows(f: Figures):
     """(what, goal, figure, verdict) for each goal; figures are for 1 thread / all threads."""
 
-    def row(what, value, form, goal, at_least=True, unit=""):
-        text, numbers = f.each(value, form)
-        sign = "at least" if at_least else "at most"
-        return what, f"{sign} {goal:g}{unit}", text, verdict(numbers, goal, at_least)
-
     yield from engine_rows(f)
+
+    def against(what, mode, goal, T=None, H=None, of=f.threads):
+        rows = [r for r in (f.peer_row(mode, t, T, H) for t in of) if r]
+        ratios = [r["peer_ms"] / r["gdn_ms"] for r in rows]
+        limits = [limit for limit in map(f.possible, rows) if limit]
+        text = " / ".join(f"{ratio:.1f}x" for ratio in ratios) or "-"
+        if limits:
+            text += "; the peak allows " + " / ".join(f"{limit:.1f}x" for limit in limits)
+        judged = verdict(ratios, goal, True)
+        if judged != "met" and limits and max(limits) < goal:
+            judged = "beyond this machine"
+        return f"{what}: times {'transformers' if T is None else 'the fallback'}", f"at least {goal:g}x", text, judged
+
     for T, goal in ((512, 5.5), (4096, 6)):
         for H in (16, 32):
-            yield row(
-                f"forward, T={T} H={H}: times the fallback",
-                lambda t, T=T, H=H: f.peer("forward", t, T, H),
-                "{:.1f}x",
-                goal,
-                unit="x",
-            )
+            yield against(f"forward, T={T} H={H}", "forward", goal, T, H)
     for T, goal in ((512, 5), (4096, 15)):
-        yield row(
-            f"forward + backward, T={T} H=16: times the fallback",
-            lambda t, T=T: f.peer("forward + backward", t, T, 16),
-            "{:.1f}x",
-            goal,
-            unit="x",
-        )
-    for i, (t, goal) in enumerate(((1, 8), (2, 5))):
+        yield against(f"forward + backward, T={T} H=16", "forward + backward", goal, T, 16)
+    for t, goal in ((1, 8), (2, 5)):
         if t in f.threads:
-            value = f.peer("decode step", t, 1, 16)
-            yield (
-                f"decode step from Python, H=16, {t} thread{'s' * i}: times the fallback",
-                f"at least {goal}x",
-                "-" if value is None else f"{value:.1f}x",
-                verdict([] if value is None else [value], goal, True),
-            )
+            yield against(f"decode step from Python, H=16, threads: {t}", "decode step", goal, 1, 16, [t])
     for dtype, goal in (("fp32", 2.5), ("bf16", 4)):
-        yield row(
-            f"training step of the model, {dtype}: times transformers",
-            lambda t, d=dtype: f.peer(f"train {d}", t),
-            "{:.1f}x",
-            goal,
-            unit="x",
-        )
+        yield against(f"training step of the model, {dtype}", f"train {dtype}", goal)
     for dtype in ("fp32", "bf16"):
-        yield row(
-            f"decoding of the model, B=1, {dtype}: times transformers",
-            lambda t, d=dtype: f.peer(f"decode {d}", t),
-            "{:.1f}x",
-            5,
-            unit="x",
-        )
+        yield against(f"decoding of the model, B=1, {dtype}", f"decode {dtype}", 5)
+    yield from mixer_goals(f)
     for key, goal, what, form in (
         ("of_ceiling", 0.8, "of what memory or exp allow", "{:.0f} %"),
         ("torch/ours", 2, "times the torch composition", "{:.1f}x"),
@@ -292,9 +334,37 @@ def peers(f: Figures) -> str:
                 f"{row['gdn_ms']:.3g}",
                 f"{row['peer_ms']:.3g}",
                 f"{row['peer_ms'] / row['gdn_ms']:.1f}x",
+                f"{limit:.1f}x" if (limit := f.possible(row)) else "-",
             ]
         )
-    return table(["", "shape", "threads", "gdn, ms", "transformers, ms", "ratio"], rows)
+    return table(["", "shape", "threads", "gdn, ms", "transformers, ms", "ratio", "the peak allows"], rows)
+
+
+def mixers(f: Figures) -> str:
+    """One row per mixer from its rows of `gdn bench mixers`."""
+    rows = []
+    for name in f.mixer_names():
+
+        def cell(what, key, form, name=name):
+            value = f.mixer(name, what, key)
+            return "-" if value is None else form.format(value)
+
+        decode = "decode B=1 after 8192 tokens"
+        rows.append(
+            [
+                name,
+                cell("forward T=512", "rate", "{:.0f}"),
+                cell("forward T=8192", "times T=512", "{:.2f}"),
+                cell("forward T=16384", "times T=512", "{:.2f}"),
+                cell("forward+backward T=512", "rate", "{:.0f}"),
+                cell("forward+backward T=8192", "times T=512", "{:.2f}"),
+                cell(decode, "ms", "{:.3f}"),
+                cell(decode, "state KiB", "{}"),
+                cell(decode, "after 8192 tokens", "{}"),
+            ]
+        )
+    header = ["mixer", "forward, tok/s at T=512", "time at T=8192", "at 16384", "forward + backward, tok/s at T=512"]
+    return table([*header, "time at T=8192", "decode, ms", "state KiB", "after 8192 tokens"], rows)
 
 
 def sections(f: Figures) -> dict[str, str]:
@@ -315,15 +385,7 @@ def sections(f: Figures) -> dict[str, str]:
         "peers": peers(f),
         "products": products(f),
         "ceilings": plain(f, "ceilings", [rate, ("unit", "unit", "{}")]),
-        "mixers": plain(
-            f,
-            "mixers",
-            [
-                ("tok/s", "rate", "{:.0f}"),
-                ("state KiB", "state KiB", "{}"),
-                ("after 8192 tokens", "after 8192 tokens", "{}"),
-            ],
-        ),
+        "mixers": mixers(f),
         "train": plain(
             f,
             "train",
@@ -393,12 +455,8 @@ def draw(f: Figures, folder: pathlib.Path) -> None:
         row = f.row("ceilings", name, t)
         return row["rate"] if row else None
 
-    simd = f.result.get("machine", {}).get("simd", "")
-    peak, far, near = (
-        rate(f"fp32 multiply-add, {simd}"),
-        rate("read and write in place 256 MiB"),
-        rate("read and write in place 1 MiB"),
-    )
+    peak = f.fp32_peak(t)
+    far, near = rate("read and write in place 256 MiB"), rate("read and write in place 1 MiB")
     if peak and far:
         figure, axes = plt.subplots(figsize=(5.6, 3.4), dpi=90)
         xs = [2**i / 16 for i in range(14)]

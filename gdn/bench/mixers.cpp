@@ -7,8 +7,11 @@
 
 #include <algorithm>
 #include <exception>
+#include <functional>
 #include <iostream>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "gdn/base/check.h"
 #include "gdn/bench/report.h"
@@ -17,7 +20,9 @@
 namespace gdn::bench {
 namespace {
 
-constexpr int64_t kTokens = 8192;  // per call, whatever the length
+// Tokens per call, whatever the length: as much work at each.
+constexpr int64_t kTokens = 8192;
+constexpr int64_t kTokensOfFlatness = 16384;
 
 std::string first_line(const std::exception& error) {
   const std::string what = error.what();
@@ -35,10 +40,8 @@ class MixerBench {
   }
 
   void run() {
-    for (const int64_t T : {512, 8192}) {
-      attempt(str_cat("forward T=", T), [&] { forward(T); });
-      attempt(str_cat("forward+backward T=", T), [&] { forward_backward(T); });
-    }
+    attempt("forward", [&] { forward(); });
+    attempt("forward+backward", [&] { forward_backward(); });
     attempt("decode", [&] { decode(); });
   }
 
@@ -62,33 +65,56 @@ class MixerBench {
     report_.add(std::move(row));
   }
 
-  void forward(int64_t T) {
-    const c10::NoGradGuard no_grad;
-    const at::Tensor x = input(kTokens / T, T);
-    const double seconds = median_seconds(
-        [&] {
-          Context ctx;
-          Shared shared;
-          ctx.shared = &shared;
-          mixer_->forward(x, ctx);
-        },
-        options_.seconds);
-    add(str_cat("forward T=", T), seconds, kTokens);
+  // A state that grows with the sequence belongs to attention, whose time per token grows too.
+  bool recurrent() const {
+    const c10::InferenceMode inference;
+    State state = mixer_->zero_state(1, at::kFloat);
+    const int64_t empty = state.bytes();
+    Context ctx;
+    Shared shared;
+    ctx.state = &state;
+    ctx.shared = &shared;
+    mixer_->forward(input(1, 256), ctx);
+    return state.bytes() == empty;
   }
 
-  void forward_backward(int64_t T) {
-    const at::Tensor x = input(kTokens / T, T).requires_grad_(true), dy = input(kTokens / T, T);
-    const double seconds = median_seconds(
-        [&] {
-          Context ctx;
-          Shared shared;
-          ctx.shared = &shared;
-          mixer_->forward(x, ctx).backward(dy);
-          x.mutable_grad().reset();
-          for (const at::Tensor& p : mixer_->parameters()) p.mutable_grad().reset();
-        },
-        options_.seconds);
-    add(str_cat("forward+backward T=", T), seconds, kTokens);
+  at::Tensor call(const at::Tensor& x) {
+    Context ctx;
+    Shared shared;
+    ctx.shared = &shared;
+    return mixer_->forward(x, ctx);
+  }
+
+  // The lengths are measured in turn, so that a disturbance meets all of them.
+  void measure(const std::string& what, int64_t tokens, const std::vector<int64_t>& lengths,
+               const std::function<void(const at::Tensor&)>& run) {
+    std::vector<std::function<void()>> calls;
+    for (const int64_t T : lengths)
+      calls.emplace_back([&run, x = input(tokens / T, T)] { run(x); });
+    const std::vector<double> seconds =
+        median_seconds(calls, options_.seconds * static_cast<double>(lengths.size()));
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      add(str_cat(what, " T=", lengths[i]), seconds[i], static_cast<double>(tokens),
+          {{"times T=512", seconds[i] / seconds[0]}});
+    }
+  }
+
+  void forward() {
+    const c10::NoGradGuard no_grad;
+    const auto run = [&](const at::Tensor& x) { call(x); };
+    if (recurrent()) {
+      measure("forward", kTokensOfFlatness, {512, 8192, 16384}, run);
+    } else {
+      measure("forward", kTokens, {512, 8192}, run);
+    }
+  }
+
+  void forward_backward() {
+    measure("forward+backward", kTokens, {512, 8192}, [&](const at::Tensor& data) {
+      const at::Tensor x = data.detach().requires_grad_(true);
+      call(x).backward(data);
+      for (const at::Tensor& p : mixer_->parameters()) p.mutable_grad().reset();
+    });
   }
 
   // One token of one sequence, after one token and after 8192.
@@ -127,8 +153,8 @@ int run_mixers(const Options& options) {
   Report report("mixers", options, std::cout);
   for (const int64_t threads : options.threads) {
     use_threads(threads);
-    report.heading(str_cat("one layer of width ", options.hidden_size, ", fp32, ", kTokens,
-                           " tokens per call"));
+    report.heading(str_cat("one layer of width ", options.hidden_size, ", fp32, ",
+                           kTokensOfFlatness, " tokens per call (forward) and ", kTokens));
     for (const MixerInfo& info : mixers()) {
       if (!report.wanted(info.name)) continue;
       try {

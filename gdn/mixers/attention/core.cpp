@@ -36,12 +36,23 @@ at::Tensor naive_rotary(const at::Tensor& x, const at::Tensor& positions, double
       .to(x.scalar_type());
 }
 
+// Zeros behind the last dimension up to `size`.
+at::Tensor widened(const at::Tensor& x, int64_t size) {
+  return x.size(3) == size ? x : at::constant_pad_nd(x, {0, size - x.size(3)});
+}
+
+// torch attends block by block, without the T x S scores, only where values are as wide as keys:
+// the narrower ones are widened by zeros, which change nothing.
 at::Tensor scaled_dot_product(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                               const std::optional<at::Tensor>& mask, bool is_causal) {
-  return at::scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                          mask, /*dropout_p=*/0.0, is_causal, std::nullopt,
-                                          /*enable_gqa=*/q.size(2) != k.size(2))
-      .transpose(1, 2);
+  const int64_t width = std::max(q.size(3), v.size(3));
+  const double scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+  return at::scaled_dot_product_attention(
+             widened(q, width).transpose(1, 2), widened(k, width).transpose(1, 2),
+             widened(v, width).transpose(1, 2), mask, /*dropout_p=*/0.0, is_causal, scale,
+             /*enable_gqa=*/q.size(2) != k.size(2))
+      .transpose(1, 2)
+      .narrow(3, 0, v.size(3));
 }
 
 // The definition, token by token, in double.
