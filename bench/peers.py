@@ -10,6 +10,7 @@ Prints medians and ratios; needs `pip install transformers` beside torch (not a 
     python bench/peers.py                              # B=1, H=16, K=V=128, T=512, and the model
     python bench/peers.py --seq-len 512 4096 --threads 1 2 --json results.json
     python bench/peers.py --only model
+    python bench/peers.py --only op --ggml ggml/build --ik ik_llama.cpp/build   # see bench/native_peers.py
 """
 
 import argparse
@@ -31,6 +32,8 @@ TUNABLES = (
 )
 if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
     os.environ["GLIBC_TUNABLES"] = TUNABLES
+    # Nor are idle threads to spin beside those of the other's OpenMP.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch  # noqa: E402  (after the restart above)
@@ -38,6 +41,8 @@ import transformers  # noqa: E402
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
+import native_peers  # noqa: E402  (beside this file)
+
 import gdn  # noqa: E402  (registers torch.ops.gdn)
 
 FALLBACK_CHUNK = inspect.unwrap(qwen3_next.torch_chunk_gated_delta_rule)
@@ -108,6 +113,34 @@ def decode_fallback(heads, head_dim):
         return out
 
     return run
+
+
+def native_rows(make, folder, threads, tokens, heads, head_dim, seconds):
+    """One row per length of the forward, and of the decoding step, against a library of native_peers."""
+    for T in (1, *tokens):
+        q, k, v, g, beta = make_inputs(T, heads, head_dim, grad=False)
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        inputs = (q, k, v, g, beta)
+        theirs = make(folder, threads, *inputs)
+        expected = torch.ops.gdn.chunk_gated_delta_rule(*inputs)[0]
+        error = ((theirs() - expected).norm() / expected.norm()).item()
+        if not error < 1e-4:
+            raise SystemExit(f"peers.py: gdn and {make.__name__} disagree: relative error {error:.2e}")
+        if T == 1:
+            token, state = [x[:, 0].contiguous() for x in inputs], torch.zeros(1, heads, head_dim, head_dim)
+
+            def mine(token=token, state=state):
+                return torch.ops.gdn.gated_delta_rule_step_.default(*token, state)
+
+        else:
+
+            def mine(inputs=inputs):
+                with torch.no_grad():
+                    return torch.ops.gdn.chunk_gated_delta_rule(*inputs)
+
+        a, b = medians([mine, theirs], seconds)
+        mode = "decode step" if T == 1 else "forward"
+        yield {"mode": mode, "T": T, "H": heads, "threads": threads, "gdn_ms": a, "peer_ms": b}
 
 
 def medians(functions, seconds):
@@ -222,7 +255,8 @@ def model_rows(threads, seconds):
                 theirs.append(medians([peer], seconds / 3)[0])
             a, b = statistics.median(mine), statistics.median(theirs)
             tokens = 1 if what == "decode" else BATCH * TOKENS
-            yield {"mode": f"{what} {dtype}", "threads": threads, "gdn_ms": a, "peer_ms": b, "tokens": tokens}
+            row = {"mode": f"{what} {dtype}", "threads": threads, "gdn_ms": a, "peer_ms": b, "tokens": tokens}
+            yield {**row, "peer": "transformers"}
 
 
 def cpu_name():
@@ -240,6 +274,13 @@ def check_agreement(heads, head_dim):
             raise SystemExit(f"peers.py: gdn and the fallback disagree on {name}: relative error {error:.2e}")
 
 
+def add_op_row(rows, peer, row):
+    rows.append({**row, "peer": peer})
+    a, b = row["gdn_ms"], row["peer_ms"]
+    cells = [row["mode"], row["T"], row["H"], row["threads"], f"{a:.3f}", peer, f"{b:.3f}", f"{b / a:.1f}x"]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512])
@@ -248,6 +289,8 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time of each row")
     parser.add_argument("--only", choices=["op", "model"], help="one of the two parts")
+    parser.add_argument("--ggml", metavar="DIR", help="compare with ggml's libraries in this folder too")
+    parser.add_argument("--ik", metavar="DIR", help="compare with ik_llama.cpp's libraries in this folder too")
     parser.add_argument("--json", help="write the rows and the machine to this file")
     args = parser.parse_args()
 
@@ -258,8 +301,8 @@ def main():
     rows = []
     if args.only != "model":
         print(f"The op: B=1, K=V={args.head_dim}, fp32\n")
-        print("| mode | T | H | threads | gdn | transformers fallback | ratio |")
-        print("|---|---|---|---|---|---|---|")
+        print("| mode | T | H | threads | gdn | peer | ms | ratio |")
+        print("|---|---|---|---|---|---|---|---|")
     for threads in dict.fromkeys(args.threads if args.only != "model" else []):
         torch.set_num_threads(threads)
         for heads in args.heads:
@@ -271,8 +314,14 @@ def main():
             for mode, tokens, mine, theirs in cases:
                 a, b = medians([mine, theirs], args.seconds)
                 row = {"mode": mode, "T": tokens, "H": heads, "threads": threads, "gdn_ms": a, "peer_ms": b}
-                rows.append(row)
-                print(f"| {mode} | {tokens} | {heads} | {threads} | {a:.3f} | {b:.3f} | {b / a:.1f}x |", flush=True)
+                add_op_row(rows, "transformers", row)
+            for peer, folder, make in (
+                ("ggml", args.ggml, native_peers.ggml_delta_rule),
+                ("ik_llama.cpp", args.ik, native_peers.ik_delta_rule),
+            ):
+                if folder:
+                    for row in native_rows(make, folder, threads, args.seq_len, heads, args.head_dim, args.seconds):
+                        add_op_row(rows, peer, row)
     if args.only != "op":
         print("\nThe model: 3.96 M parameters; training B=8 T=512 with AdamW (bf16: autocast), greedy decoding B=1\n")
         print("| mode | threads | gdn ms (tok/s) | Qwen3NextForCausalLM ms (tok/s) | ratio |")

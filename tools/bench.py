@@ -6,7 +6,8 @@
     tools/bench.py report   [--results FILE]            -> docs/performance.md between its markers, docs/images/*.png
 
 `run` goes on when a part fails, and says so in the file; what needs transformers is left out where it is not installed
-(GDN_PEERS_PYTHON names another interpreter that has it). Threads: 1, and all that this process may use.
+(GDN_PEERS_PYTHON names another interpreter that has it), ggml and ik_llama.cpp where GDN_PEERS_GGML and GDN_PEERS_IK do
+not name the folders of their libraries. Threads: 1, and all that this process may use.
 """
 
 import argparse
@@ -61,6 +62,9 @@ def parts(build: pathlib.Path, quick: bool) -> list[tuple[str, list[str]]]:
     found = subprocess.run([python, "-c", "import torch, transformers"], capture_output=True)
     if found.returncode == 0:
         peers = [python, str(ROOT / "bench" / "peers.py"), "--seq-len", "512", "4096", "--heads", "16", "32", *t]
+        for name in ("ggml", "ik"):  # folders of libraries, see bench/native_peers.py
+            if folder := os.environ.get(f"GDN_PEERS_{name.upper()}"):
+                peers += [f"--{name}", folder]
         list_.append(("peers", [*peers, "--seconds", "0.5" if quick else "2.5", "--json", "{out}"]))
     else:
         print("peers: left out, transformers is not installed (pip install transformers)", file=sys.stderr)
@@ -127,8 +131,10 @@ class Figures:
         return row["ms"] if row else None
 
     def peer_row(self, mode: str, t: int, T: int | None = None, H: int | None = None) -> dict | None:
+        """The row against transformers."""
         for row in self.result["parts"].get("peers", {}).get("rows", []):
-            if row["mode"] == mode and row["threads"] == t and row.get("T") == T and row.get("H") == H:
+            found = row["mode"], row["threads"], row.get("T"), row.get("H"), row["peer"]
+            if found == (mode, t, T, H, "transformers"):
                 return row
         return None
 
@@ -328,6 +334,7 @@ def peers(f: Figures) -> str:
         shape = f"T={row['T']} H={row['H']}" if "T" in row else "model"
         rows.append(
             [
+                row["peer"],
                 row["mode"],
                 shape,
                 str(row["threads"]),
@@ -337,7 +344,7 @@ def peers(f: Figures) -> str:
                 f"{limit:.1f}x" if (limit := f.possible(row)) else "-",
             ]
         )
-    return table(["", "shape", "threads", "gdn, ms", "transformers, ms", "ratio", "the peak allows"], rows)
+    return table(["peer", "", "shape", "threads", "gdn, ms", "peer, ms", "ratio", "the peak allows"], rows)
 
 
 def mixers(f: Figures) -> str:
@@ -434,7 +441,7 @@ def draw(f: Figures, folder: pathlib.Path) -> None:
         points = [
             (row["T"], 1e3 * row["peer_ms"] / row["T"])
             for row in f.result["parts"].get("peers", {}).get("rows", [])
-            if row["mode"] == mode and row["threads"] == t and row.get("H") == 16
+            if (row["peer"], row["mode"], row["threads"], row.get("H")) == ("transformers", mode, t, 16)
         ]
         if points:
             axes.plot(*zip(*sorted(points)), marker="s", linestyle="--", label=f"transformers, {mode}")
