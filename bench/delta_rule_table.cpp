@@ -10,8 +10,8 @@
 
 #include "bench/bandwidth.h"
 #include "bench/delta_rule_problem.h"
-#include "bench/fma_peak.h"
 #include "gdn/base/parallel.h"
+#include "gdn/bench/ceilings.h"
 #include "gdn/kernels/simd/targets.h"
 
 namespace gdn::bench {
@@ -98,7 +98,7 @@ std::string text(const char* format, double x) {
 
 void speed_rows(Table& table) {
   if (!table.wants("speed")) return;
-  const double peak = measure_fma_peak(num_threads());
+  const double peak = fma_gflops(num_threads());
   for (const int64_t T : {512, 4096}) {
     for (const int64_t H : {16, 32}) {
       Problem p({1, T, H, H, 128, 128});
@@ -224,7 +224,7 @@ void few_heads_rows(Table& table, int threads) {
 
 void avx2_rows(Table& table) {
   if (!table.wants("avx2") || !limit_simd_targets("avx2")) return;
-  const double peak = measure_fma_peak(num_threads());
+  const double peak = fma_gflops(num_threads());
   Problem p({1, 512, 16, 16, 128, 128});
   const auto t = medians({forward_of(p)});
   table.row("forward on AVX2", true, 0.70, p.forward_flops * 1e-9 / t[0] / peak,
