@@ -87,7 +87,14 @@ FLA = {  # the positional parameters of flash-linear-attention 0.6.0
     "use_qk_l2norm_in_kernel cu_seqlens",
     "chunk_simple_gla": "q k v g g_gamma scale initial_state output_final_state state_v_first cu_seqlens "
     "cu_seqlens_cpu",
+    "fused_recurrent_simple_gla": "q k v g g_gamma scale initial_state output_final_state reverse state_v_first "
+    "cu_seqlens",
+    "chunk_retention": "q k v scale initial_state output_final_state cu_seqlens",
+    "fused_recurrent_retention": "q k v scale initial_state output_final_state reverse state_v_first cu_seqlens",
+    "chunk_gla": "q k v g scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu",
+    "fused_recurrent_gla": "q k v gk gv scale initial_state output_final_state reverse state_v_first cu_seqlens",
     "chunk_linear_attn": "q k v scale initial_state output_final_state normalize cu_seqlens",
+    "fused_recurrent_linear_attn": "q k v scale initial_state output_final_state reverse normalize cu_seqlens",
     "causal_conv1d": "x weight bias residual initial_state output_final_state activation backend cu_seqlens "
     "cu_seqlens_cpu chunk_indices cp_context",
     "causal_conv1d_update": "x cache residual weight bias activation",
@@ -134,6 +141,26 @@ def test_decays_and_strengths_per_channel():
     check((o.view(2, 20, 4, 6), s.mT), loop(**x, gv=gv))
     with pytest.raises(ValueError, match=r"gv must be \[2, 20, 4, 6\], got \[2, 20, 4, 5\]"):
         ops.fused_recurrent_gated_delta_rule(**x, gv=gv[..., :5])
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to 40, got \[0, 30, 20, 40\]"):
+        cu_seqlens = torch.tensor([0, 30, 20, 40])
+        ops.fused_recurrent_gated_delta_rule(**packed, gv=gv.reshape(1, 40, 4, 6), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0, 30.0, 500.0, float("inf")])
+def test_decays_per_value_channel_of_any_strength(strength):
+    T = 70
+    x = inputs(T=T)
+    gv = torch.zeros(2, T, 4, 6, dtype=torch.float64)
+    gv[:, ::3] = -strength * torch.rand(2, (T + 2) // 3, 4, 6, dtype=torch.float64)
+    gv.requires_grad_(strength < 100)
+    leaves = [*x.values(), *([gv] if gv.requires_grad else [])]
+    expected = loop(**x, gv=gv)
+    check(ops.fused_recurrent_gated_delta_rule(**x, gv=gv, output_final_state=True), expected, leaves)
+    single = {n: t.detach().float() for n, t in x.items()}
+    o, s = ops.fused_recurrent_gated_delta_rule(**single, gv=gv.detach().float(), output_final_state=True)
+    torch.testing.assert_close(o.double(), expected[0].detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(s.double(), expected[1].detach(), rtol=1e-4, atol=1e-5)
+    assert ops.fused_recurrent_gated_delta_rule(**single, gv=gv.detach().float())[1] is None
 
 
 @pytest.mark.parametrize("name", ["chunk_kda", "fused_recurrent_kda"])
@@ -183,6 +210,48 @@ def test_simple_gla():
     check((o, s.mT), loop(**dict(x, g=None), erase=False))
 
 
+def test_the_recurrent_forms_without_erase():
+    x = inputs()
+    del x["beta"]
+    g, S0 = x.pop("g"), x["initial_state"]
+    leaves = [*x.values(), g]
+    keep = dict(output_final_state=True)
+    check(ops.fused_recurrent_simple_gla(**x, g=g, **keep), loop(**x, g=g, erase=False), leaves)
+    gk, gv = (-torch.rand(2, 20, 4, n, dtype=torch.float64) for n in (8, 6))
+    by_key = loop(**x, g=gk, erase=False)
+    check(ops.chunk_gla(**x, g=gk, **keep), by_key, x.values())
+    check(ops.fused_recurrent_gla(**x, gk=gk, **keep), by_key, x.values())
+    check(ops.fused_recurrent_gla(**x, gk=gk, gv=gv, **keep), loop(**x, g=gk, gv=gv, erase=False), x.values())
+    v_first = dict(x, initial_state=S0.mT)
+    o, s = ops.fused_recurrent_gla(**v_first, gk=gk, gv=gv, state_v_first=True, **keep)
+    check((o, s.mT), loop(**x, g=gk, gv=gv, erase=False))
+    # Backwards: the same on the tokens in the opposite order, packed or not.
+    turned = {n: t if n == "initial_state" else t.flip(1) for n, t in x.items()}
+    o, s = loop(**turned, g=g.flip(1), erase=False)
+    check(ops.fused_recurrent_simple_gla(**x, g=g, reverse=True, **keep), (o.flip(1), s), leaves)
+    packed = {n: t if n == "initial_state" else t.reshape(1, 40, *t.shape[2:]) for n, t in (x | {"g": g}).items()}
+    cu_seqlens = torch.tensor([0, 20, 40])
+    back = ops.fused_recurrent_simple_gla(**packed, reverse=True, cu_seqlens=cu_seqlens, **keep)
+    check((back[0].view_as(o), back[1]), (o.flip(1), s), leaves)
+    with pytest.raises(ValueError, match=r"\[chunk_gla\] g must be \[B,T,HV,K\], got \[2, 20, 4\]"):
+        ops.chunk_gla(**x, g=g)
+    with pytest.raises(ValueError, match=r"\[fused_recurrent_simple_gla\] g must be \[B,T,HV\], got \[2, 20, 4, 8\]"):
+        ops.fused_recurrent_simple_gla(**x, g=gk)
+    with pytest.raises(ValueError, match=r"^\[fused_recurrent_gla\] v must"):
+        ops.fused_recurrent_gla(x["q"], x["k"], x["v"][:, :5], gk)
+
+
+def test_retention():
+    x = inputs(HV=2)
+    del x["g"], x["beta"]
+    decay = torch.tensor([1 - 2.0**-5, 1 - 2.0**-6], dtype=torch.float64).log()
+    expected = loop(**x, g=decay.expand(2, 20, 2), erase=False)
+    for op in (ops.chunk_retention, ops.fused_recurrent_retention):
+        for a, e in zip(op(**x, output_final_state=True), expected):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-7)  # the decays are float32, as in fla
+        assert op(**x)[1] is None
+
+
 def test_linear_attention_in_two_parts():
     x = inputs(HV=2)
     q, k, v = x["q"], x["k"], x["v"]
@@ -194,6 +263,9 @@ def test_linear_attention_in_two_parts():
     second, (S2, z2) = ops.chunk_linear_attn(*(t[:, 13:] for t in (q, k, v)), None, (S1, z1), output_final_state=True)
     check((torch.cat([first, second], 1), S2, z2), (expected, S, z[:, -1:]), [q, k, v, S0, z0])
     assert ops.chunk_linear_attn(q, k, v, normalize=False)[1] is None
+    third = ops.fused_recurrent_linear_attn(q, k, v, None, (S0, z0), True, normalize=True)
+    check((third[0], *third[1]), (expected, S, z[:, -1:]), [q, k, v, S0, z0])
+    check(ops.fused_recurrent_linear_attn(q, k, v, None, S0, True), (o, S), [q, k, v, S0])
 
 
 def test_step_follows_the_recurrence():

@@ -40,19 +40,19 @@ def check_rank(op: str, name: str, t: Tensor, rank: int, layout: str) -> None:
         raise ValueError(f"[{op}] {name} must be {layout}, got {list(t.shape)}")
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, like: Tensor) -> None:
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None, like: Tensor | None) -> None:
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"[{op}] cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"[{op}] cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.is_meta != like.is_meta:
+    if like is not None and cu_seqlens.is_meta != like.is_meta:
         raise ValueError(f"[{op}] cu_seqlens must be on a device with data, got {cu_seqlens.device}")
 
 
-def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Calls an operator; a broken rule of libgdn ("[op] rule, got value") is a ValueError here.
+def call(function: Callable[..., T], *args: Any, name: str | None = None, **kwargs: Any) -> T:
+    """Calls an operator; a broken rule of libgdn ("[op] rule, got value") is a ValueError here, of `name` where given.
 
     Everything else (no gradient, no kernel for a device, out of memory) stays what torch makes of it.
     """
@@ -63,13 +63,39 @@ def call(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     except RuntimeError as error:
         text = str(error)
         if text.startswith("[") and "no gradient" not in text and "not for gradients" not in text:
-            raise ValueError(text.splitlines()[0]) from None
+            text = text.splitlines()[0]
+            raise ValueError(text if name is None else f"[{name}]{text[text.index(']') + 1 :]}") from None
         if "functorch" in text or "vmap" in text or "saved tensor hooks" in text:
             raise RuntimeError(
                 "gdn's operators have gradients by torch.autograd only; torch.func transforms are not supported: "
                 f"{text.splitlines()[0]}"
             ) from None
         raise
+
+
+def run(
+    op: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    tensors: dict[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    output_final_state: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Checks what a recurrence takes, calls its operator, and returns (o, the final state or None)."""
+    check(op, **tensors)
+    check_cu_seqlens(op, cu_seqlens, tensors["q"])
+    o, final_state, *_ = call(
+        function, **tensors, cu_seqlens=cu_seqlens, output_final_state=output_final_state, **options, name=op
+    )
+    return o, wanted(final_state, output_final_state)
+
+
+def of_one_dtype(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """fla's recurrent forms take q, k and v of different dtypes and return o in that of v, the last value here."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check(op, **{name: t})
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype), v.dtype
 
 
 def make(kind: Callable[..., T], *args: Any) -> T:
