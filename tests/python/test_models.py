@@ -68,10 +68,6 @@ def test_decoding_equals_one_call_and_padding_is_skipped(case):
         torch.testing.assert_close(packed.view_as(whole), whole, rtol=1e-4, atol=1e-5)
         mask = torch.ones_like(ids)
         mask[0, :9] = 0
-        if case == "gdn":
-            with pytest.raises(ValueError, match="padding is not supported"):
-                model(ids, attention_mask=mask)
-            return
         padded = model(ids, attention_mask=mask).logits
         torch.testing.assert_close(padded[:1, 9:], model(ids[:1, 9:]).logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(padded[1:], whole[1:], rtol=1e-4, atol=1e-5)
@@ -79,6 +75,16 @@ def test_decoding_equals_one_call_and_padding_is_skipped(case):
         new = model.generate(short, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
         alone = model.generate(short[:1, 9:], max_new_tokens=6, do_sample=False, eos_token_id=None)
         assert torch.equal(new[0, 20:], alone[0, 11:])
+        again = model.generate(short[1:], max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(new[1], again[0])
+        # Padding on the right, read in two parts: the state is that of the tokens that are there.
+        mask = torch.ones_like(ids)
+        mask[0, 60:75] = 0
+        out = model(ids[:, :70], attention_mask=mask[:, :70], use_cache=True)
+        rest = model(ids[:, 70:], attention_mask=mask, past_key_values=out.past_key_values, use_cache=False).logits
+        there = torch.cat([ids[:1, :60], ids[:1, 75:]], 1)
+        torch.testing.assert_close(rest[:1, 5:], model(there).logits[:, 60:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rest[1:], whole[1:, 70:], rtol=1e-4, atol=1e-5)
 
 
 @every

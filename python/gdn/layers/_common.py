@@ -29,11 +29,14 @@ class ShortConvolution(nn.Conv1d):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B,T,channels], cache [N,channels,W] -> (y, the cache after the last token or None)."""
+        """x [B,T,channels], cache [N,channels,W] -> (y, the cache after the last token or None).
+
+        Where the new cache is asked for, one token without gradients changes the old one in place.
+        """
         weight = self.weight.squeeze(1)
-        if cache is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            y, cache = ops.causal_conv1d_update(x, cache, weight=weight, bias=self.bias, activation=self.activation)
-            return y, cache if output_final_state else None
+        if is_step(x, cache, output_final_state, cu_seqlens):
+            assert cache is not None
+            return ops.causal_conv1d_update(x, cache, weight=weight, bias=self.bias, activation=self.activation)
         return ops.causal_conv1d(
             x,
             weight,
@@ -131,10 +134,8 @@ class DeltaLayer(nn.Module):
         cu_seqlens (keyword): int32 or int64 [N+1] with B = 1, packed sequences; then the mask is ignored.
         """
         batch, tokens = hidden_states.shape[:2]
-        if past_key_values is not None and self.layer_idx is None:
-            raise ValueError(f"[{type(self).__name__}] layer_idx must be given to use past_key_values")
+        last = cached(self, past_key_values)
         x, cu_seqlens, kept = unpad(hidden_states, attention_mask, kwargs.get("cu_seqlens"))
-        last = past_key_values[self.layer_idx] if past_key_values is not None else None
         keep = bool(use_cache) and past_key_values is not None
         conv_state: tuple[Tensor | None, ...] = (None, None, None)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -168,12 +169,8 @@ def is_step(x: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | No
     return state is not None and keep and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
 
 
-def unpad(
-    x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(x, cu_seqlens, None) as they are; or all rows' unmasked tokens packed into one, with where they were."""
-    if attention_mask is None or cu_seqlens is not None:
-        return x, cu_seqlens, None
+def recent_mask(x: Tensor, attention_mask: Tensor) -> Tensor:
+    """Of attention_mask [B,S] over all tokens so far, the part of the tokens of x [B,T,D]: bool [B,T]."""
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be [B,S] of 0 and 1, got {list(attention_mask.shape)}")
     mask = attention_mask[:, -x.shape[1] :].bool()
@@ -182,6 +179,26 @@ def unpad(
             f"attention_mask must be [B,S] with B = {x.shape[0]} and S >= {x.shape[1]}, "
             f"got {list(attention_mask.shape)}"
         )
+    return mask
+
+
+def cached(layer: nn.Module, past_key_values: Cache | None) -> dict[str, Any] | None:
+    """What the layer remembers; None where nothing is."""
+    if past_key_values is None:
+        return None
+    layer_idx: Any = layer.layer_idx
+    if layer_idx is None:
+        raise ValueError(f"[{type(layer).__name__}] layer_idx must be given to use past_key_values")
+    return past_key_values[layer_idx]
+
+
+def unpad(
+    x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(x, cu_seqlens, None) as they are; or all rows' unmasked tokens packed into one, with where they were."""
+    if attention_mask is None or cu_seqlens is not None:
+        return x, cu_seqlens, None
+    mask = recent_mask(x, attention_mask)
     if mask.all():
         return x, None, None
     kept = mask.flatten().nonzero().flatten()

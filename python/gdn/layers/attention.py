@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn import ops
+from gdn.layers._common import cached, recent_mask
 from gdn.layers.cache import Cache
 
 
@@ -66,12 +67,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None, Cache | None]:
         """hidden_states [B,T,D] -> (o [B,T,D], None, past_key_values).
 
-        attention_mask: [B,S] of 0 and 1 over all tokens so far; positions count the tokens with 1.
-        cu_seqlens (keyword): int32 or int64 [N+1] with B = 1, packed sequences.
+        attention_mask: [B,S] of 0 and 1 over all tokens so far (S >= T); tokens with 0 are skipped, their output is 0.
+        cu_seqlens (keyword): int32 or int64 [N+1] with B = 1, packed sequences; then the mask is ignored.
         """
         B, T = hidden_states.shape[:2]
         cu_seqlens = kwargs.get("cu_seqlens")
-        last = past_key_values[self.layer_idx] if past_key_values is not None else None
+        last = cached(self, past_key_values)
         before = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
         device = hidden_states.device
         q, k, v = (
@@ -79,38 +80,48 @@ class Attention(nn.Module):
         )
         segment = None
         if cu_seqlens is not None:
+            attention_mask = None
             starts = cu_seqlens[:-1].long()
             segment = torch.bucketize(torch.arange(T, device=device), cu_seqlens[1:].long(), right=True)
             positions = (torch.arange(T, device=device) - starts[segment])[None]
         elif attention_mask is not None:
-            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
+            recent = recent_mask(hidden_states, attention_mask)
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         else:
             positions = torch.arange(before, before + T, device=device)[None].expand(B, T)
         if self.rope_theta:
-            q, k = (ops.rotary(x, positions, self.rope_theta) for x in (q, k))
+            q, k = (ops.rotary(x, positions[:, -T:], self.rope_theta) for x in (q, k))
         if last is not None:
             k, v = (torch.cat([old, new], 1) for old, new in zip(last["attn_state"], (k, v)))
-        if use_cache and past_key_values is not None:
-            kept = slice(None) if self.window_size is None else slice(-self.window_size, None)
-            past_key_values.update(self.layer_idx, offset=T, attn_state=(k[:, kept], v[:, kept]))
-            if last is not None:
-                past_key_values[self.layer_idx]["attn_state"] = (k[:, kept], v[:, kept])
         S = k.shape[1]
-        # The mask is needed for anything but one whole sequence, or one token that sees all.
         rows, columns = torch.arange(S - T, S, device=device)[:, None], torch.arange(S, device=device)[None]
-        seen = columns <= rows
-        if self.window_size is not None:
-            seen = seen & (columns > rows - self.window_size)
-        seen = seen[None]
+        seen = (columns <= rows)[None]
+        distance = (rows - columns)[None]
         if segment is not None:
             seen = seen & (segment[:, None] == segment[None])[None]
         elif attention_mask is not None:
-            # A masked query would see nothing: let it see itself.
-            seen = seen & (attention_mask[:, None, -S:].bool() | (columns == rows)[None])
+            seen = seen & attention_mask[:, None, -S:].bool()
+            distance = positions[:, -T:, None] - positions[:, None, -S:]
+        if self.window_size is not None:
+            seen = seen & (distance < self.window_size)
+        if attention_mask is not None:
+            seen = seen | (columns == rows)[None]  # a masked query would see nothing: let it see itself
+        if use_cache and past_key_values is not None:
+            kept = slice(-self._kept(attention_mask, S), None)
+            past_key_values.update(self.layer_idx, offset=T, attn_state=(k[:, kept], v[:, kept]))
         o = nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None], enable_gqa=True
         )
         o = self.o_proj(o.transpose(1, 2).flatten(-2))
-        if attention_mask is not None and cu_seqlens is None:
-            o = o * attention_mask[:, -T:, None].to(o.dtype)
+        if attention_mask is not None:
+            o = o * recent[..., None].to(o.dtype)
         return o, None, past_key_values
+
+    def _kept(self, attention_mask: Tensor | None, columns: int) -> int:
+        """How many of the last columns hold what later tokens may still see."""
+        if self.window_size is None:
+            return columns
+        if attention_mask is None:
+            return min(columns, self.window_size)
+        filled = attention_mask[:, -columns:].long().flip(1).cumsum(1) < self.window_size
+        return min(columns, int(filled.sum(1).amax()) + 1)

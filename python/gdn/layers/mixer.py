@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gdn.layers._common import cached, repad, unpad
 from gdn.layers.cache import Cache
 from gdn.ops._call import call, make
 
@@ -118,21 +119,25 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, None, Cache | None]:
         """hidden_states [B,T,D] -> (o [B,T,D], None, past_key_values).
 
-        attention_mask: must be all 1. cu_seqlens (keyword): int32 or int64 [N+1] with B = 1, packed sequences.
+        attention_mask: [B,S] of 0 and 1 over all tokens so far (S >= T); tokens with 0 are skipped, their output is 0.
+        cu_seqlens (keyword): int32 or int64 [N+1] with B = 1, packed sequences; then the mask is ignored.
         """
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            raise ValueError(f"[{self.name}] padding is not supported: pack the sequences with cu_seqlens")
-        cu_seqlens = kwargs.get("cu_seqlens")
-        if past_key_values is None or not use_cache:
-            return self.run(hidden_states, None, cu_seqlens)[0], None, past_key_values
-        if self.layer_idx is None:
-            raise ValueError(f"[{self.name}] layer_idx must be given to use past_key_values")
-        last = past_key_values[self.layer_idx]
-        sequences = hidden_states.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        state = last["recurrent_state"] if last is not None else self.zero_state(sequences, hidden_states.dtype)
-        y, state = self.run(hidden_states, state, cu_seqlens)
-        past_key_values.update(self.layer_idx, offset=hidden_states.shape[1], recurrent_state=state)
-        return y, None, past_key_values
+        batch, tokens = hidden_states.shape[:2]
+        last = cached(self, past_key_values)
+        x, cu_seqlens, kept = unpad(hidden_states, attention_mask, kwargs.get("cu_seqlens"))
+        state: dict[str, Tensor] | None = None
+        if past_key_values is not None:
+            if last is None:
+                sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+                state = self.zero_state(sequences, x.dtype)
+            else:
+                state = last["recurrent_state"]
+                if not use_cache:  # it is changed in place
+                    state = {name: t.clone() for name, t in state.items()}
+        y, state = self.run(x, state, cu_seqlens)
+        if past_key_values is not None and use_cache:
+            past_key_values.update(self.layer_idx, offset=tokens, recurrent_state=state)
+        return repad(y, kept, batch, tokens), None, past_key_values
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, hidden_size={self.hidden_size}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from gdn.layers._common import repad, unpad
 from gdn.layers.mixer import adopt, rejoin
 from gdn.models.configuration import GdnConfig
 from gdn.models.modeling import causal_lm_loss
@@ -104,21 +105,25 @@ class GdnForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """input_ids int64 [B,T] -> logits [B,T,vocab] in float32, past_key_values and, with labels, the mean loss.
 
-        attention_mask: must be all 1; pack sequences of different lengths with cu_seqlens and B = 1.
+        attention_mask: [B,S] of 0 and 1 over all tokens so far (S >= T); tokens with 0 are skipped, their logits are 0.
+        cu_seqlens: packed sequences, with B = 1; then the mask is ignored.
         """
-        if attention_mask is not None and not bool((attention_mask != 0).all()):
-            raise ValueError("[GdnForCausalLM] padding is not supported: pack the sequences with cu_seqlens")
+        batch, tokens = input_ids.shape
+        ids, cu_seqlens, kept = unpad(input_ids[..., None], attention_mask, cu_seqlens)
         if self.dtype != self._compute_dtype:
             call(self._impl.set_compute_dtype, str(self.dtype).removeprefix("torch."))
             self._compute_dtype = self.dtype
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None and cu_seqlens is None:
-            past_key_values = EngineCache(self._impl.zero_state(input_ids.shape[0]))
-        state = past_key_values.state if use_cache and past_key_values is not None else None
-        hidden, auxiliary = call(self._impl.hidden, input_ids, cu_seqlens, state)
-        if state is not None:
-            past_key_values.seen_tokens += input_ids.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = EngineCache(self._impl.zero_state(batch if cu_seqlens is None else len(cu_seqlens) - 1))
+        state = None
+        if past_key_values is not None:  # reading on changes it
+            state = past_key_values.state if use_cache else past_key_values.state.clone()
+        hidden, auxiliary = call(self._impl.hidden, ids[..., 0], cu_seqlens, state)
+        hidden = repad(hidden, kept, batch, tokens)
+        if use_cache and past_key_values is not None:
+            past_key_values.seen_tokens += tokens
         if labels is None and logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = self._impl.logits(hidden)
