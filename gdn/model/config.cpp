@@ -82,8 +82,10 @@ class Fields {
   std::string where_;
 };
 
-// --- fla's two forms
+// --- fla's forms
 // ------------------------------------------------------------------------------------------------
+
+constexpr const char* kKda = "kimi_delta_attention";
 
 // A mixer's option, its field in fla's configuration, and fla's default.
 struct FlaField {
@@ -98,6 +100,7 @@ struct FlaForm {
   const char* mixer;
   int64_t num_layers;
   std::vector<FlaField> fields;
+  bool written = true;  // else models of it are written in our form, which gdn.models reads
 };
 
 const std::vector<FlaForm>& fla_forms() {
@@ -125,11 +128,41 @@ const std::vector<FlaForm>& fla_forms() {
         {"expand_v", "expand_v", 1.0},
         {"num_heads", "num_heads", 16},
         {"use_beta", "use_beta", true},
+        {"allow_neg_eigval", "allow_neg_eigval", false},
         {"use_gate", "use_gate", false},
         {"use_short_conv", "use_short_conv", true},
         {"conv_size", "conv_size", 4},
         {"qk_norm", "qk_norm", "l2"},
         {"qk_activation", "qk_activation", "silu"}}},
+      {"kda",
+       "KDAForCausalLM",
+       kKda,
+       24,
+       {{"mode", "attn_mode", "chunk"},
+        {"expand_v", "expand_v", 1.0},
+        {"head_dim", "head_dim", 128},
+        {"num_heads", "num_heads", 16},
+        {"num_v_heads", "num_v_heads", nullptr},
+        {"use_short_conv", "use_short_conv", true},
+        {"conv_size", "conv_size", 4},
+        {"allow_neg_eigval", "allow_neg_eigval", false},
+        {"safe_gate", "safe_gate", false},
+        {"lower_bound", "lower_bound", nullptr}}},
+      {"gla",
+       "GLAForCausalLM",
+       "gla",
+       24,
+       {{"mode", "attn_mode", "chunk"},
+        {"expand_k", "expand_k", 0.5},
+        {"expand_v", "expand_v", 1.0},
+        {"num_heads", "num_heads", 4},
+        {"num_kv_heads", "num_kv_heads", nullptr},
+        {"feature_map", "feature_map", "identity"},
+        {"use_short_conv", "use_short_conv", false},
+        {"conv_size", "conv_size", 4},
+        {"use_output_gate", "use_output_gate", true},
+        {"clamp_min", "clamp_min", nullptr}},
+       /*written=*/false},
   };
   return forms;
 }
@@ -195,7 +228,7 @@ const FlaForm* find_form(const ModelConfig& config) {
     }
     if (form == nullptr) {
       for (const FlaForm& candidate : fla_forms()) {
-        if (block.mixer == candidate.mixer) form = &candidate;
+        if (block.mixer == candidate.mixer && candidate.written) form = &candidate;
       }
       if (form == nullptr || !expressible(block, form->fields, config)) return nullptr;
       options = &block.mixer_options;
@@ -216,6 +249,8 @@ void write_fla(const ModelConfig& config, const FlaForm& form, Json& json) {
     const Json& options = config.blocks[i].mixer_options;
     if (config.blocks[i].mixer != "attention") {
       for (const FlaField& field : form.fields) json[field.field] = options.at(field.option);
+      // To fla a bound means the safe gate.
+      if (form.mixer == kKda && json["safe_gate"] == false) json["lower_bound"] = nullptr;
       continue;
     }
     Json spec;
@@ -269,13 +304,23 @@ void read_fla(const Json& json, const FlaForm& form, ModelConfig& config) {
   require(act == "swish" || act == "silu", "hidden_act must be \"swish\", got \"", act, "\"");
   require(!fields.has("attnres_block_size"),
           "attnres_block_size (attention residuals) is not supported");
-  require(fields.boolean("use_output_norm", true), "use_output_norm false is not supported");
+  const std::pair<const char*, bool> fixed[] = {
+      {"use_output_norm", true}, {"elementwise_affine", true}, {"use_gk", true}, {"use_gv", false}};
+  for (const auto& [key, value] : fixed) {
+    require(fields.boolean(key, value) == value, key, value ? " false" : " true",
+            " is not supported");
+  }
   const int64_t layers = fields.integer("num_hidden_layers", form.num_layers);
   require(layers >= 1 && layers <= kMaxLayers, "num_hidden_layers must be in [1, ", kMaxLayers,
           "], got ", layers);
   BlockConfig block;
   block.mixer = form.mixer;
   block.mixer_options = read_options(json, form.fields);
+  if (form.mixer == kKda) {
+    const bool bounded = fields.has("lower_bound");
+    require(bounded || !fields.boolean("safe_gate", false), "safe_gate needs lower_bound");
+    block.mixer_options["safe_gate"] = bounded;
+  }
   config.blocks.assign(static_cast<size_t>(layers), block);
   if (!fields.has("attn")) return;
   std::set<int64_t> taken;
@@ -449,7 +494,7 @@ ModelConfig model_config_from_json(const nlohmann::json& json) {
     known.push_back(candidate.model_type);
   }
   require(form != nullptr || type == "gdn", "unknown model_type \"", type, "\"",
-          did_you_mean(type, known), "; known: gdn, gated_deltanet, delta_net");
+          did_you_mean(type, known), "; known: gdn, gated_deltanet, delta_net, kda, gla");
   ModelConfig config;
   config.vocab_size = fields.integer("vocab_size", config.vocab_size);
   config.hidden_size = fields.integer("hidden_size", config.hidden_size);

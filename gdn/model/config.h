@@ -51,9 +51,9 @@ struct ModelConfig {
   int64_t ffn_size() const;
 };
 
-// config.json. Models that fla's GatedDeltaNetConfig / DeltaNetConfig can express are written with
-// its fields and model_type ("gated_deltanet", "delta_net"), all others with model_type "gdn" and a
-// list "blocks"; both are read.
+// config.json. Models that fla's GatedDeltaNetConfig, DeltaNetConfig or KDAConfig can express are
+// written with its fields and model_type ("gated_deltanet", "delta_net", "kda"), all others with
+// model_type "gdn" and a list "blocks"; these are read, and fla's "gla".
 nlohmann::json to_json(const ModelConfig& config);
 ModelConfig model_config_from_json(const nlohmann::json& json);
 

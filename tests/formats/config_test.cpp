@@ -70,6 +70,55 @@ TEST(ModelConfig, FlaFormRoundTrips) {
   EXPECT_EQ(delta_net.blocks[0].mixer_options["qk_norm"], "l2");
   EXPECT_EQ(to_json(delta_net)["model_type"], "delta_net");
   EXPECT_EQ(model_config_from_json(to_json(delta_net)), delta_net);
+  delta["allow_neg_eigval"] = true;
+  const json negative = to_json(model_config_from_json(delta));
+  EXPECT_EQ(negative["allow_neg_eigval"], true);
+  EXPECT_EQ(model_config_from_json(negative).blocks[0].mixer_options["allow_neg_eigval"], true);
+}
+
+TEST(ModelConfig, ReadsAndWritesKda) {
+  json given = {{"model_type", "kda"}, {"hidden_size", 512}, {"num_heads", 4}, {"head_dim", 64}};
+  const ModelConfig plain = model_config_from_json(given);
+  EXPECT_EQ(plain.blocks.size(), 24u);
+  EXPECT_EQ(plain.blocks[0].mixer, "kimi_delta_attention");
+  EXPECT_EQ(plain.blocks[0].mixer_options["head_dim"], 64);
+  EXPECT_EQ(plain.blocks[0].mixer_options["safe_gate"], false);
+  json written = to_json(plain);
+  EXPECT_EQ(written["model_type"], "kda");
+  EXPECT_EQ(written["architectures"], json({"KDAForCausalLM"}));
+  EXPECT_TRUE(written["lower_bound"].is_null());
+  EXPECT_EQ(model_config_from_json(written), plain);
+  // As the mixer fills in the option: a bound that is not used stays unsaid.
+  ModelConfig resolved = plain;
+  for (BlockConfig& block : resolved.blocks) block.mixer_options["lower_bound"] = -5.0;
+  EXPECT_TRUE(to_json(resolved)["lower_bound"].is_null());
+  // fla applies a bound wherever one is given.
+  given["lower_bound"] = -4.0;
+  const ModelConfig bounded = model_config_from_json(given);
+  EXPECT_EQ(bounded.blocks[0].mixer_options["safe_gate"], true);
+  written = to_json(bounded);
+  EXPECT_EQ(written["lower_bound"], -4.0);
+  EXPECT_EQ(written["safe_gate"], true);
+  EXPECT_EQ(model_config_from_json(written), bounded);
+  expect_rejected({{"model_type", "kda"}, {"safe_gate", true}}, "safe_gate needs lower_bound");
+}
+
+TEST(ModelConfig, ReadsGlaAndWritesItInOurForm) {
+  const ModelConfig gla = model_config_from_json(
+      {{"model_type", "gla"}, {"num_hidden_layers", 2}, {"feature_map", nullptr}});
+  EXPECT_EQ(gla.blocks.size(), 2u);
+  EXPECT_EQ(gla.blocks[0].mixer, "gla");
+  EXPECT_EQ(gla.blocks[0].mixer_options["feature_map"], "identity");
+  EXPECT_EQ(gla.blocks[0].mixer_options["expand_k"], 0.5);
+  EXPECT_EQ(to_json(gla)["model_type"], "gdn");
+  EXPECT_EQ(model_config_from_json(to_json(gla)).blocks, gla.blocks);
+  for (const char* text :
+       {R"({"use_gv": true})", R"({"use_gk": false})", R"({"elementwise_affine": false})"}) {
+    json given = json::parse(text);
+    const std::string key = given.begin().key();
+    given["model_type"] = "gla";
+    expect_rejected(given, key + (given[key] == true ? " true" : " false") + " is not supported");
+  }
 }
 
 TEST(ModelConfig, DifferentAttentionLayersAreAList) {
