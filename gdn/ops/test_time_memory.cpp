@@ -5,6 +5,7 @@
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -214,8 +215,9 @@ std::vector<Tensor> memory_bwd_cpu(const OptionalList& grads, const OptionalList
   const variable_list originals = unpack(inputs);
   const Call call = prepare(op, originals, config);
   const MemoryParams& p = call.params;
-  GDN_CHECK(saved.numel() == test_time_memory_saved_size(p), "[", op, "] saved must have ",
-            test_time_memory_saved_size(p), " numbers, got ", saved.numel());
+  const int64_t saved_size = test_time_memory_saved_size(p);
+  GDN_CHECK(saved.numel() == saved_size || saved.numel() == 0, "[", op, "] saved must have ",
+            saved_size, " numbers, or none to compute them again, got ", saved.numel());
   GDN_CHECK(grads.size() == 4, "[", op,
             "] grads must be those of o, memory, momentum and gradient_at, got ", grads.size());
   variable_list dense = unpack(grads);
@@ -232,6 +234,15 @@ std::vector<Tensor> memory_bwd_cpu(const OptionalList& grads, const OptionalList
                      &g.memory, &g.momentum, &g.gradient_at};
   std::vector<Tensor> results;
   const auto options = call.inputs[kQ].options();
+  Tensor kept = saved;
+  if (kept.numel() == 0 && saved_size > 0) {
+    kept = at::empty({saved_size}, options);
+    Tensor o = at::empty(call.inputs[kQ].sizes(), options);
+    MemoryOutputs again;
+    again.o = o.mutable_data_ptr();
+    again.saved = kept.mutable_data_ptr();
+    test_time_memory_forward(p, again);
+  }
   for (int i = 0; i < kDifferentiable; ++i) {
     const Tensor& x = call.inputs[i];
     Tensor result = at::empty({0}, options);
@@ -245,7 +256,7 @@ std::vector<Tensor> memory_bwd_cpu(const OptionalList& grads, const OptionalList
     }
     results.push_back(result);
   }
-  test_time_memory_backward(p, saved.const_data_ptr(), g);
+  test_time_memory_backward(p, kept.const_data_ptr(), g);
   for (int i = 0; i < kDifferentiable; ++i) {
     if (!originals[i].defined()) continue;
     if (i == kTau) results[i] = results[i].sum(at::IntArrayRef{0, 1});
@@ -312,7 +323,9 @@ Outputs memory_meta(const OptionalList& inputs, string_view rule, string_view ac
     return wanted && output_final_state ? at::empty_symint(start.sym_sizes(), options)
                                         : at::empty({0}, options);
   };
-  // How much is saved depends on positions and lengths, which have no values here.
+  // How much is saved depends on positions and lengths, which have no values here; tracing never
+  // asks for it (see the autograd kernel).
+  GDN_CHECK(!save, "[", op, "] save=True is not for tensors without data");
   return {like(q), state(true), state(has_momentum(config, has(inputs.get(kEta)))),
           state(has_gradient_at(config)), at::empty({0}, options)};
 }
@@ -381,9 +394,13 @@ struct Memory : torch::autograd::Function<Memory> {
                                string_view rule, string_view activation, at::IntArrayRef sizes,
                                at::ArrayRef<double> scales, bool output_final_state) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    // Under a tracer sizes must follow from shapes alone, and that of what is saved does not:
+    // backward computes it again there.
+    bool traced = c10::impl::dispatch_mode_enabled();
+    for (const Tensor& t : inputs) traced = traced || t.key_set().has(c10::DispatchKey::Python);
     auto [o, memory, momentum, gradient_at, kept] =
         call_memory(spread(inputs, places, kInputs), rule, activation, sizes, scales,
-                    output_final_state, /*save=*/true);
+                    output_final_state, /*save=*/!traced);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({kept});
     variable_list saved = inputs.vec();
@@ -408,7 +425,7 @@ struct Memory : torch::autograd::Function<Memory> {
     grads.resize(4);
     bool any = false;
     for (Tensor& g : grads) {
-      if (g.defined() && g.numel() == 0) g = Tensor();
+      if (g.defined() && g.sym_numel() == 0) g = Tensor();
       any = any || g.defined();
     }
     if (!any) return result;

@@ -21,7 +21,7 @@ def leaf(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float64).requires_grad_()
 
 
-def inputs(config: tuple) -> list:
+def inputs(config: tuple, T: int = T) -> list:
     """The list of the schema, in fp64, from the middle of a chunk."""
     torch.manual_seed(0)
     rule, (depth, hidden, bias, chunk, sequential, _) = config[0], config[2]
