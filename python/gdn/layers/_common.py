@@ -22,7 +22,7 @@ class ShortConvolution(nn.Conv1d):
         self.hidden_size = hidden_size
         self.activation = activation
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         cache: Tensor | None = None,
@@ -73,7 +73,7 @@ class GatedRMSNorm(RMSNorm):
         super().__init__(hidden_size, eps)
         self.activation = activation
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return ops.rms_norm_gated(x, gate, self.weight, activation=self.activation, eps=self.eps)
 
 
@@ -86,6 +86,12 @@ def initial_dt_bias(size: int) -> Tensor:
 def initial_a_log(size: int, low: float) -> Tensor:
     """log A with A from U(low, 16); an exact 0, whose logarithm training never leaves, is avoided."""
     return torch.empty(size).uniform_(low, 16).clamp_(min=1e-4).log()
+
+
+def without_decay(*parameters: nn.Parameter) -> None:
+    """Marks what an optimizer should not decay, as flash-linear-attention does."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def whole(value: float, what: str) -> int:
@@ -103,6 +109,13 @@ class DeltaLayer(nn.Module):
     use_short_conv: bool
     head_k_dim: int
     head_v_dim: int
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_conv1d: ShortConvolution
+    k_conv1d: ShortConvolution
+    v_conv1d: ShortConvolution
 
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | None
@@ -153,7 +166,7 @@ class DeltaLayer(nn.Module):
         v = v.unflatten(-1, (-1, self.head_v_dim))
         state = last["recurrent_state"] if last is not None else None
         o, state = self.recurrence(x, q, k, v, state, keep, cu_seqlens)
-        if keep:
+        if keep and past_key_values is not None and self.layer_idx is not None:
             past_key_values.update(
                 self.layer_idx,
                 offset=tokens,

@@ -106,7 +106,7 @@ class Attention(nn.Module):
             seen = seen & (distance < self.window_size)
         if attention_mask is not None:
             seen = seen | (columns == rows)[None]  # a masked query would see nothing: let it see itself
-        if use_cache and past_key_values is not None:
+        if use_cache and past_key_values is not None and self.layer_idx is not None:
             kept = slice(-self._kept(attention_mask, S), None)
             past_key_values.update(self.layer_idx, offset=T, attn_state=(k[:, kept], v[:, kept]))
         o = nn.functional.scaled_dot_product_attention(

@@ -63,6 +63,7 @@ class Cache:
         return self._seen[layer_idx] if layer_idx < len(self._seen) else self._start
 
     def get_max_cache_shape(self) -> int:
+        """-1: any length fits."""
         return -1
 
     def _mapped(self, function: Any) -> list[Any]:
@@ -85,6 +86,7 @@ class Cache:
         self.states = self._mapped(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, max_length: int) -> None:
+        """Raises NotImplementedError."""
         raise NotImplementedError(
             "[Cache] a recurrent state cannot go back to an earlier token: keep a clone() instead"
         )

@@ -110,7 +110,7 @@ class DeltaNet(DeltaLayer):
         if self.allow_neg_eigval:
             beta = beta * 2.0
         l2 = self.qk_norm == "l2"
-        if is_step(x, state, keep, cu_seqlens):
+        if state is not None and is_step(x, state, keep, cu_seqlens):
             q, k, v, beta = (t[:, 0] for t in (q, k, v, beta))
             o = ops.gated_delta_rule_step_(q, k, v, None, beta, state, use_qk_l2norm_in_kernel=l2)
             return o.unsqueeze(1), state

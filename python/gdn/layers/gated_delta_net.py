@@ -18,6 +18,7 @@ from gdn.layers._common import (
     initial_dt_bias,
     is_step,
     whole,
+    without_decay,
 )
 
 
@@ -105,10 +106,10 @@ class GatedDeltaNet(_Gated):
         self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(initial_a_log(self.num_v_heads, 0))
         self.dt_bias = nn.Parameter(initial_dt_bias(self.num_v_heads))
-        self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
+        without_decay(self.A_log, self.dt_bias)
         if use_gate:
             self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False)
-            self.o_norm = GatedRMSNorm(self.head_v_dim, norm_eps, output_gate_activation)
+            self.o_norm: RMSNorm = GatedRMSNorm(self.head_v_dim, norm_eps, output_gate_activation)
         else:
             self.o_norm = RMSNorm(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
@@ -116,7 +117,7 @@ class GatedDeltaNet(_Gated):
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        flags = dict(
+        flags: dict[str, Any] = dict(
             use_qk_l2norm_in_kernel=True,
             use_gate_in_kernel=True,
             A_log=self.A_log,
@@ -125,8 +126,9 @@ class GatedDeltaNet(_Gated):
             allow_neg_eigval=self.allow_neg_eigval,
         )
         g, beta = self.a_proj(x), self.b_proj(x)
-        if is_step(x, state, keep, cu_seqlens):
-            o = ops.gated_delta_rule_step_(*(t[:, 0] for t in (q, k, v, g, beta)), state, **flags)
+        if state is not None and is_step(x, state, keep, cu_seqlens):
+            q, k, v, g, beta = (t[:, 0] for t in (q, k, v, g, beta))
+            o = ops.gated_delta_rule_step_(q, k, v, g, beta, state, **flags)
             return o.unsqueeze(1), state
         op = ops.fused_recurrent_gated_delta_rule if self._token_by_token(q) else ops.chunk_gated_delta_rule
         return op(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=keep, cu_seqlens=cu_seqlens, **flags)
@@ -183,7 +185,7 @@ class KimiDeltaAttention(_Gated):
         self.b_proj = nn.Linear(hidden_size, self.num_v_heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(self.num_v_heads) if safe_gate else initial_a_log(self.num_v_heads, 1))
         self.dt_bias = nn.Parameter(initial_dt_bias(self.gate_dim))
-        self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
+        without_decay(self.A_log, self.dt_bias)
         self.g_proj = nn.Sequential(
             nn.Linear(hidden_size, self.head_v_dim, bias=False), nn.Linear(self.head_v_dim, self.value_dim, bias=True)
         )
@@ -193,16 +195,17 @@ class KimiDeltaAttention(_Gated):
     def recurrence(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, keep: bool, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        common = dict(
+        common: dict[str, Any] = dict(
             use_qk_l2norm_in_kernel=True,
             use_beta_sigmoid_in_kernel=True,
             allow_neg_eigval=self.allow_neg_eigval,
         )
         g = self.f_proj(x).unflatten(-1, (-1, self.head_k_dim))
         beta = self.b_proj(x)
-        if is_step(x, state, keep, cu_seqlens):
+        if state is not None and is_step(x, state, keep, cu_seqlens):
             g = ops.kda_gate(g, self.A_log, self.dt_bias, self.lower_bound)
-            o = ops.gated_delta_rule_step_(*(t[:, 0] for t in (q, k, v, g, beta)), state, **common)
+            q, k, v, g, beta = (t[:, 0] for t in (q, k, v, g, beta))
+            o = ops.gated_delta_rule_step_(q, k, v, g, beta, state, **common)
             return o.unsqueeze(1), state
         op = ops.fused_recurrent_kda if self._token_by_token(q) else ops.chunk_kda
         return op(

@@ -35,7 +35,7 @@ def adopt(module: nn.Module, name: str, tensor: Tensor, *, buffer: bool = False)
         return
     # nn.Parameter(tensor) would be another tensor over the same memory, whose gradients C++ never sees.
     tensor._is_param = True
-    module.register_parameter(leaf, tensor)
+    module.register_parameter(leaf, tensor)  # type: ignore[arg-type]
 
 
 def rejoin(module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -135,7 +135,7 @@ class Mixer(nn.Module):
                 if not use_cache:  # it is changed in place
                     state = {name: t.clone() for name, t in state.items()}
         y, state = self.run(x, state, cu_seqlens)
-        if past_key_values is not None and use_cache:
+        if past_key_values is not None and self.layer_idx is not None and use_cache:
             past_key_values.update(self.layer_idx, offset=tokens, recurrent_state=state)
         return repad(y, kept, batch, tokens), None, past_key_values
 

@@ -28,12 +28,15 @@ class EngineCache:
         self.state, self.seen_tokens = state, seen_tokens
 
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """How many tokens the model has seen."""
         return self.seen_tokens
 
     def get_max_cache_shape(self) -> int:
+        """-1: any length fits."""
         return -1
 
     def clone(self) -> "EngineCache":
+        """A copy with its own memory."""
         return EngineCache(self.state.clone(), self.seen_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -52,6 +52,7 @@ class _Config(PreTrainedConfig):
                 taken.add(layer)
 
     def attention_specs(self) -> list[dict[str, Any]]:
+        """`attn` as a list, empty where there is none."""
         if self.attn is None:
             return []
         return [self.attn] if isinstance(self.attn, dict) else list(self.attn)

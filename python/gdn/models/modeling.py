@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gdn import layers, ops
-from gdn.layers._common import RMSNorm, initial_a_log, initial_dt_bias
+from gdn.layers._common import RMSNorm, initial_a_log, initial_dt_bias, without_decay
 from gdn.layers.cache import Cache
 from gdn.models.configuration import DeltaNetConfig, GatedDeltaNetConfig, KDAConfig, _Config
 
@@ -124,7 +124,7 @@ class _PreTrained(PreTrainedModel):
                 low = 1 if isinstance(module, layers.KimiDeltaAttention) else 0
                 init.copy_(module.A_log, initial_a_log(heads, low).to(module.A_log))
             init.copy_(module.dt_bias, initial_dt_bias(module.dt_bias.numel()).to(module.dt_bias))
-            module.A_log._no_weight_decay = module.dt_bias._no_weight_decay = True
+            without_decay(module.A_log, module.dt_bias)
 
 
 class _Model(_PreTrained):
@@ -207,6 +207,7 @@ class CausalLMBase(_PreTrained, GenerationMixin):
         self.model.embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language-modelling head."""
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short convolution and norms, with flash-linear-attention's signatures."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -116,6 +116,27 @@ def _with_residual(x: Tensor, residual: Tensor | None, in_fp32: bool, op: str) -
     return total.to(x.dtype), total
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    prenorm: Literal[False] = False,
+    residual_in_fp32: bool = False,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    prenorm: Literal[True],
+    residual_in_fp32: bool = False,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -146,6 +167,31 @@ def rms_norm(
     return (y, total) if prenorm else y
 
 
+@overload
+def rms_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    prenorm: Literal[False] = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor: ...
+@overload
+def rms_norm_gated(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    activation: str = "swish",
+    residual: Tensor | None = None,
+    *,
+    prenorm: Literal[True],
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm_gated(
     x: Tensor,
     g: Tensor,

@@ -125,7 +125,7 @@ def fused_recurrent_gated_delta_rule(
     op = "fused_recurrent_gated_delta_rule"
     state_v_first = legacy(op, kwargs, state_v_first)
     q, k, v, dtype = of_one_dtype(op, q, k, v)
-    options = dict(
+    options: dict[str, Any] = dict(
         scale=scale,
         use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         use_gate_in_kernel=use_gate_in_kernel,

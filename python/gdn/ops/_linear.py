@@ -17,10 +17,6 @@ _gdn = torch.ops.gdn
 State = Tensor | tuple[Tensor | None, Tensor | None] | list[Tensor | None] | None
 
 
-def _flip(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.transpose(-1, -2).contiguous()
-
-
 def _recurrence(
     op: str,
     form: str,
@@ -48,14 +44,17 @@ def _recurrence(
     elif g is not None:
         check_rank(op, "g", g, 3, "[B,T,HV]")
     if initial_state is not None:
-        initial_state = (_flip(initial_state) if state_v_first else initial_state).to(wide)
+        initial_state = (initial_state.transpose(-1, -2) if state_v_first else initial_state).to(wide)
     if reverse:  # the same on tokens and sequences in the opposite order
-        q, k, v, g, gv = (None if t is None else t.flip(1) for t in (q, k, v, g, gv))
+        q, k, v = (t.flip(1) for t in (q, k, v))
+        g, gv = (None if t is None else t.flip(1) for t in (g, gv))
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens[-1] - cu_seqlens.flip(0)
             initial_state = None if initial_state is None else initial_state.flip(0)
-    tensors = dict(q=q, k=k, v=v, g=None if g is None else g.to(wide), initial_state=initial_state)
-    options = dict(scale=scale, erase="none", form=form)
+    tensors: dict[str, Tensor | None] = dict(
+        q=q, k=k, v=v, g=None if g is None else g.to(wide), initial_state=initial_state
+    )
+    options: dict[str, Any] = dict(scale=scale, erase="none", form=form)
     if gv is not None:
         o, state = with_value_decay(op, _gdn.delta_rule, gv, tensors, cu_seqlens, output_final_state, **options)
     else:
@@ -63,7 +62,9 @@ def _recurrence(
     if reverse:
         o = o.flip(1)
         state = state.flip(0) if state is not None and cu_seqlens is not None else state
-    return o.to(dtype), _flip(state) if state_v_first else state
+    if state is not None and state_v_first:
+        state = state.transpose(-1, -2).contiguous()
+    return o.to(dtype), state
 
 
 def _with_gamma(op: str, v: Tensor, g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:

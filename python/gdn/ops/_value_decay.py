@@ -76,12 +76,13 @@ def with_value_decay(
             parts.append(
                 with_value_decay(op, function, part_gv, part, None, output_final_state, state_v_first, **options)
             )
-        outs, states = zip(*parts)
-        return torch.cat(outs, 1), torch.cat(states) if output_final_state else None
+        o = torch.cat([part_o for part_o, _ in parts], 1)
+        states = [state for _, state in parts if state is not None]
+        return o, torch.cat(states) if output_final_state else None
 
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     tensors = {n: t.to(wide) if n in ("q", "k", "v") and t is not None else t for n, t in tensors.items()}
-    gv = gv.to(wide).clamp(min=_ALL_GONE)
+    gv, v = gv.to(wide).clamp(min=_ALL_GONE), v.to(wide)
 
     state = tensors["initial_state"]
     if state is not None and state_v_first:
@@ -93,7 +94,7 @@ def with_value_decay(
         if begin < end:
             total = gv[:, begin:end].cumsum(1)
             total = total - total[:, :1]
-            part["v"] = tensors["v"][:, begin:end] * (-total).exp()
+            part["v"] = v[:, begin:end] * (-total).exp()
             if state is not None:
                 state = state * gv[:, begin].exp()[:, :, None]
         part["initial_state"] = state
