@@ -110,10 +110,7 @@ struct MemoryBackward {
     }
     gc.take(arena, s.NP);
     for (T** w : {&dM, &dS, &dG}) *w = arena.take<T>(s.padded);
-    if (p.anchor != nullptr) {
-      d_anchor = arena.take<T>(s.padded);
-      d_start = arena.take<T>(s.padded);
-    }
+    if (p.anchor != nullptr) d_anchor = arena.take<T>(s.padded);
     for (size_t l = 0; l < s.L; ++l) {
       dX.push_back(arena.take<T>(s.rows[l] * s.NP));
       R.push_back(arena.take<T>(s.out[l] * s.NP));
@@ -154,7 +151,7 @@ struct MemoryBackward {
       std::fill_n(dG, s.padded, T(0));
     }
     left_gradient_at = g.gradient_at_out != nullptr && !complete;
-    if (d_anchor != nullptr) std::copy_n(dM, s.padded, d_anchor);  // memory = difference + anchor
+    if (d_anchor != nullptr) std::fill_n(d_anchor, s.padded, T(0));
 
     for (int64_t end = chunks; end > 0;) {
       const int64_t begin = (end - 1) / segment * segment;
@@ -171,9 +168,7 @@ struct MemoryBackward {
         const int64_t i = c - begin;
         const ChunkKind kind = walk.gradients(range, starts[c], h, Ms[i], Ss[i], keys[i], kks[i]);
         if (c + 1 == end) break;
-        std::copy_n(Ms[i], s.padded, Ms[i + 1]);
-        std::copy_n(Ss[i], s.padded, Ss[i + 1]);
-        core.end(kind, keys[i], Ms[i + 1], Ss[i + 1]);
+        core.end(kind, keys[i], Ms[i], Ss[i], Ms[i + 1], Ss[i + 1]);
       }
       for (int64_t c = end - 1; c >= begin; --c) chunk(g, range, starts[c], h, c - begin);
       end = begin;
@@ -182,7 +177,6 @@ struct MemoryBackward {
     auto store = [&](const T* src, void* dst) {
       if (dst != nullptr) s.store(src, static_cast<T*>(dst) + task * flat);
     };
-    if (d_anchor != nullptr) combine(s.padded, T(-1), dM, T(1), d_anchor);
     if (walk.starts_mini_batch(n)) std::fill_n(dS, s.padded, T(0));
     store(dM, g.memory);
     store(dS, g.momentum);
@@ -276,7 +270,7 @@ struct MemoryBackward {
 
   // Step (i) for layer l: from dY to dA (the gradient at A_l), dX, R, and through M and S.
   void read_layer(size_t l, const ChunkKind& kind, const T* M, const T* S, const KeyPass<T>& key) {
-    const size_t NP = s.NP, rows = s.rows[l], out = s.out[l], size = rows * s.ld[l];
+    const size_t NP = s.NP, rows = s.rows[l], out = s.out[l];
     const auto& co = core.co;
     const T *A = core.A[l], *X = key.X[l], *D = key.D[l], *score = core.scores[l];
     // dP^T[j][t] = -d_j . dY_t in the lower triangle.
@@ -296,17 +290,14 @@ struct MemoryBackward {
       dot_tokens(rows, NP, A, dA, T(1), gc.read_beta);
       scale_tokens(rows, NP, co.read_beta, dA, dA);
     }
-    if (kind.use_s) {
-      core.template apply_transposed<Into::kSet>(l, rows, S, dY, hold);
-      dot_tokens(rows, NP, A, hold, T(1), gc.read_cc);
-      scale_tokens(rows, NP, co.read_cc, hold, hold);
+    auto add = [&](const T* W, const T* weights, T sign, T* d_weights) {
+      core.template apply_transposed<Into::kSet>(l, rows, W, dY, hold);
+      dot_tokens(rows, NP, A, hold, sign, d_weights);
+      scale_tokens(rows, NP, weights, hold, hold);
       combine(rows * NP, T(1), hold, T(1), dA);
-    }
-    core.to_rows(l, dY, dY_rows);
-    if (core.anchor != nullptr) {
-      core.template apply_transposed<Into::kAdd>(l, rows, core.anchor, dY, dA);
-      core.add_outer(l, rows, kind.n, A, dY_rows, d_anchor);
-    }
+    };
+    if (kind.use_s) add(S, co.read_cc, T(1), gc.read_cc);
+    if (core.anchor != nullptr) add(core.anchor, co.read_rest, T(-1), gc.read_beta);
     gemm<Into::kAdd, false>(rows, NP, NP, X, NP, T_t, NP, dA, NP);
 
     gemm<Into::kSet, false>(rows, NP, NP, A, NP, T_rows, NP, dX[l], NP);
@@ -314,29 +305,20 @@ struct MemoryBackward {
     if (kind.write_m) through_end(l, co.lam, dM, X, D, gc.lam);
     if (kind.write_s) through_end(l, co.kap, dS, X, D, gc.kap);
 
-    T *dm = dM + s.at[l], *ds = dS + s.at[l];
-    if (kind.write_m) {
-      if (p.rule == MemoryRule::kLmm) gc.beta_n += dot_all(size, M + s.at[l], dm);
-      if (kind.use_s) gc.c_n += dot_all(size, S + s.at[l], dm);
-    }
-    if (kind.write_s) {
-      if (p.rule == MemoryRule::kLmm) gc.m_n += dot_all(size, S + s.at[l], ds);
-      scale(size, co.m_n, ds);
-    }
-    if (kind.write_m) {
-      if (kind.use_s) combine(size, co.c_n, dm, T(1), ds);
-      scale(size, co.beta_n, dm);
-    }
+    through_decay(l, kind, M, S);
+    auto outer = [&](const T* weights, T* dW) {
+      scale_tokens(out, NP, weights, dY, hold);
+      core.to_rows(l, hold, dY_rows);
+      core.add_outer(l, rows, kind.n, A, dY_rows, dW);
+    };
     if (p.rule == MemoryRule::kLmm) {
-      scale_tokens(out, NP, co.read_beta, dY, hold);
-      core.to_rows(l, hold, dY_rows);
+      outer(co.read_beta, dM);
+    } else {
+      core.to_rows(l, dY, dY_rows);
+      core.add_outer(l, rows, kind.n, A, dY_rows, dM);
     }
-    core.add_outer(l, rows, kind.n, A, dY_rows, dM);
-    if (kind.use_s) {
-      scale_tokens(out, NP, co.read_cc, dY, hold);
-      core.to_rows(l, hold, dY_rows);
-      core.add_outer(l, rows, kind.n, A, dY_rows, dS);
-    }
+    if (kind.use_s) outer(co.read_cc, dS);
+    if (core.anchor != nullptr) outer(co.read_rest, d_anchor);
     if (l > 0) {
       const T *da = dA, *f = core.FY[l - 1];
       T* dy = dY;
@@ -344,6 +326,44 @@ struct MemoryBackward {
         hn::Store(hn::Mul(hn::Load(d, da + i), hn::Load(d, f + i)), d, dy + i);
       });
     }
+  }
+
+  // M' = beta_n M + c_n S + (1 - beta_n) anchor and S' = m_n S of the chunk's end: dM and dS become
+  // the gradients of M and S.
+  void through_decay(size_t l, const ChunkKind& kind, const T* M, const T* S) {
+    const auto& co = core.co;
+    const size_t size = s.rows[l] * s.ld[l], at = s.at[l];
+    if (p.rule == MemoryRule::kTtt) {  // beta_n = m_n = 1
+      if (!kind.write_m || !kind.use_s) return;
+      gc.c_n += dot_all(size, S + at, dM + at);
+      combine(size, co.c_n, dM + at, T(1), dS + at);
+      return;
+    }
+    const Tag<T> d;
+    const T *m = M + at, *sum = kind.use_s ? S + at : nullptr;
+    const T* start = core.anchor != nullptr ? core.anchor + at : nullptr;
+    T *dm = dM + at, *ds = dS + at, *d_start = start != nullptr ? d_anchor + at : nullptr;
+    auto beta = hn::Zero(d), c = hn::Zero(d), momentum = hn::Zero(d);
+    const auto beta_n = hn::Set(d, co.beta_n), rest = hn::Set(d, T(1) - co.beta_n);
+    const auto c_n = hn::Set(d, co.c_n), m_n = hn::Set(d, co.m_n);
+    for (size_t i = 0; i < size; i += hn::Lanes(d)) {
+      const auto g = hn::Load(d, dm + i);
+      auto from = hn::Load(d, m + i);
+      if (start != nullptr) {
+        from = hn::Sub(from, hn::Load(d, start + i));
+        hn::Store(hn::MulAdd(rest, g, hn::Load(d, d_start + i)), d, d_start + i);
+      }
+      beta = hn::MulAdd(from, g, beta);
+      hn::Store(hn::Mul(beta_n, g), d, dm + i);
+      if (sum == nullptr) continue;
+      const auto old = hn::Load(d, sum + i), gs = hn::Load(d, ds + i);
+      c = hn::MulAdd(old, g, c);
+      momentum = hn::MulAdd(old, gs, momentum);
+      hn::Store(hn::MulAdd(m_n, gs, hn::Mul(c_n, g)), d, ds + i);
+    }
+    gc.beta_n += hn::GetLane(hn::SumOfLanes(d, beta));
+    gc.c_n += hn::GetLane(hn::SumOfLanes(d, c));
+    gc.m_n += hn::GetLane(hn::SumOfLanes(d, momentum));
   }
 
   // The chunk's end, W' = ... - (w X)^T D with W' having the gradient dW: adds to dX, R and dw.
@@ -369,10 +389,6 @@ struct MemoryBackward {
     // Where the gradient of Wg belongs: M of this chunk's start, where they are one.
     const bool own = kind.fresh || p.rule == MemoryRule::kTtt;
     T* dW = own ? dM : dG;
-    if (own && core.anchor != nullptr) {
-      dW = d_start;
-      std::fill_n(dW, s.padded, T(0));
-    }
     if (own && left_gradient_at) {  // what the call left as gradient_at was this M
       combine(s.padded, T(1), dG, T(1), dW);
       std::fill_n(dG, s.padded, T(0));
@@ -413,10 +429,6 @@ struct MemoryBackward {
       });
     }
     combine(s.D * NP, T(1), dX[0], T(1), dK);
-    if (dW == d_start && d_start != nullptr) {
-      combine(s.padded, T(1), d_start, T(1), dM);
-      combine(s.padded, T(1), d_start, T(1), d_anchor);
-    }
   }
 
   // R holds the gradient of the clipped D; makes it that of D itself and adds the factor's to dX.
@@ -586,7 +598,7 @@ struct MemoryBackward {
   std::vector<T*> Ms, Ss, kks;
   CoefficientGrads<T> gc;
   T *dM, *dS, *dG;  // [padded]
-  T *d_anchor = nullptr, *d_start = nullptr;
+  T* d_anchor = nullptr;
   std::vector<T*> dX, R;        // per layer: gradients at X and at D
   T *dA, *dY, *dY_rows, *hold;  // [widest][NP]
   T *T_t, *T_rows, *P_rows;     // [NP][NP]

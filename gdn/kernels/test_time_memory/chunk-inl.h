@@ -83,6 +83,52 @@ HWY_INLINE void activate(D d, MemoryActivation kind, V z, V& f, V& f1, V& f2) {
   f2 = hn::MulAdd(hn::Mul(half, z), curve, sy);
 }
 
+// What a product starts from: a x, plus b y and c z where they are given; one layout for all.
+template <typename T>
+struct FromSum {
+  T a;
+  const T* x;
+  T b;
+  const T* y;
+  T c;
+  const T* z;
+  size_t ld;
+  HWY_INLINE FromSum tile(size_t i, size_t j) const {
+    const size_t at = i * ld + j;
+    return {a, x + at, b, y != nullptr ? y + at : y, c, z != nullptr ? z + at : z, ld};
+  }
+  template <size_t kRows, size_t kVectors>
+  HWY_INLINE void start(hn::Vec<Tag<T>> (&sum)[kRows][kVectors]) const {
+    const Tag<T> d;
+    for (size_t i = 0; i < kRows; ++i) {
+      for (size_t j = 0; j < kVectors; ++j) {
+        const size_t at = i * ld + j * hn::Lanes(d);
+        sum[i][j] = hn::Mul(hn::Set(d, a), hn::Load(d, x + at));
+        if (y != nullptr) sum[i][j] = hn::MulAdd(hn::Set(d, b), hn::Load(d, y + at), sum[i][j]);
+        if (z != nullptr) sum[i][j] = hn::MulAdd(hn::Set(d, c), hn::Load(d, z + at), sum[i][j]);
+      }
+    }
+  }
+};
+
+// C[m,NP] = from + op(A) B for token matrices B and C. One vector of tokens leaves registers for
+// tiles twice as high: a line of the weights A is then read once, and each row of B half as often.
+template <bool kTransA, typename T, class From>
+HWY_INLINE void token_gemm(From from, size_t m, size_t NP, size_t k, const T* a, size_t lda,
+                           const T* b, T* c) {
+  constexpr size_t kRows = 2 * kTileRows;
+  const size_t step = kTransA ? 1 : lda;
+  size_t i = 0;
+  if (NP == lanes<T>()) {
+    for (; i + kRows <= m; i += kRows) {
+      gemm_tile<kRows, 1, kTransA>(from.tile(i, 0), {k}, a + i * step, lda, b, NP, c + i * NP, NP);
+    }
+  }
+  if (i < m) {
+    gemm<kTransA>(from.tile(i, 0), m - i, NP, {k}, a + i * step, lda, b, NP, c + i * NP, NP);
+  }
+}
+
 // Shapes of a head's network and of the buffers; layers 1..depth have index 0..depth-1.
 template <typename T>
 struct MemoryShape {
@@ -210,7 +256,8 @@ struct Coefficients {
   void take(MemoryArena& arena, size_t NP_) {
     NP = NP_;
     for (T** m : {&H, &m_to, &om_t}) *m = arena.take<T>(NP * NP);
-    for (T** v : {&rate, &eta, &keep, &tau, &beta, &cc, &m0, &read_beta, &read_cc, &lam, &kap})
+    for (T** v :
+         {&rate, &eta, &keep, &tau, &beta, &cc, &m0, &read_beta, &read_cc, &read_rest, &lam, &kap})
       *v = arena.take<T>(NP);
   }
 
@@ -232,6 +279,7 @@ struct Coefficients {
     std::fill_n(read_beta, NP, T(1));
     std::fill_n(read_cc, NP, T(0));
     p.rule == MemoryRule::kTtt ? ttt(p, position) : lmm(p);
+    for (size_t t = 0; t < NP; ++t) read_rest[t] = T(1) - read_beta[t];
   }
 
   void ttt(const MemoryParams& p, int64_t position) {
@@ -286,9 +334,10 @@ struct Coefficients {
   T *H, *m_to;  // kLmm: weight of token j's update in M_t and in S_t, without its rate
   T* om_t;      // weight of token j's gradient in what t reads, [j][t]
   T *rate, *eta, *keep, *tau;
-  T *beta, *cc, *m0;       // kLmm: weights of M and S of the call's start in M_t, of S in S_t
-  T *read_beta, *read_cc;  // weights of M and S in what t reads
-  T *lam, *kap;            // weights of the gradients in the new M and S
+  T *beta, *cc, *m0;  // kLmm: weights of M and S of the call's start in M_t, of S in S_t
+  // Weights of M, S and the anchor in what t reads.
+  T *read_beta, *read_cc, *read_rest;
+  T *lam, *kap;  // weights of the gradients in the new M and S
   T beta_n = 1, c_n = 0, m_n = 1;
 };
 
@@ -373,15 +422,23 @@ struct MemoryCore {
     transpose_any(s.out[l], s.NP, x, s.NP, rows, s.ld[l]);
   }
 
+  template <Into kInto, bool kTransA>
+  void token_product(size_t m, size_t k, const T* a, size_t lda, const T* b, T* c) const {
+    if constexpr (kInto == Into::kSet) {
+      token_gemm<kTransA>(FromZero<T>(), m, s.NP, k, a, lda, b, c);
+    } else {
+      token_gemm<kTransA>(FromMatrix<T>{c, s.NP}, m, s.NP, k, a, lda, b, c);
+    }
+  }
   // y[out,t] = W_l^T x, or the same added.
   template <Into kInto>
   void apply(size_t l, const T* W, const T* x, T* y) const {
-    gemm<kInto, true>(s.out[l], s.NP, s.rows[l], W + s.at[l], s.ld[l], x, s.NP, y, s.NP);
+    token_product<kInto, true>(s.out[l], s.rows[l], W + s.at[l], s.ld[l], x, y);
   }
   // x[count,t] = W_l y for the first `count` inputs, or the same added.
   template <Into kInto>
   void apply_transposed(size_t l, size_t count, const T* W, const T* y, T* x) const {
-    gemm<kInto, false>(count, s.NP, s.out[l], W + s.at[l], s.ld[l], y, s.NP, x, s.NP);
+    token_product<kInto, false>(count, s.out[l], W + s.at[l], s.ld[l], y, x);
   }
   // W_l += x d^T over the first `count` inputs; d as [NP][ld].
   void add_outer(size_t l, size_t count, int64_t n, const T* x, const T* d_rows, T* W) const {
@@ -561,7 +618,7 @@ struct MemoryCore {
   }
 
   // What the tokens read: A, Y, their slopes; the output's LN is left to the callers. M and S at
-  // the call's start; with an anchor M is the difference from it.
+  // the call's start.
   void read_pass(int64_t first, const ChunkKind& kind, int64_t h, const T* M, const T* S,
                  const KeyPass<T>& key) {
     load_tokens(p.q, first, kind.n, h, A[0]);
@@ -576,16 +633,17 @@ struct MemoryCore {
       T* y = Y[l];
       apply<Into::kSet>(l, M, A[l], y);
       if (p.rule == MemoryRule::kLmm) scale_tokens(s.out[l], s.NP, co.read_beta, y, y);
-      if (kind.use_s) {
-        apply<Into::kSet>(l, S, A[l], tmp);
-        const T *u = tmp, *cc = co.read_cc;
+      auto add = [&](const T* W, const T* weights) HWY_ATTR {
+        apply<Into::kSet>(l, W, A[l], tmp);
+        const T* u = tmp;
         for_tokens<T>(s.out[l], s.NP, [&](auto d, size_t i, size_t j) HWY_ATTR {
-          hn::Store(hn::MulAdd(hn::Load(d, cc + j), hn::Load(d, u + i), hn::Load(d, y + i)), d,
+          hn::Store(hn::MulAdd(hn::Load(d, weights + j), hn::Load(d, u + i), hn::Load(d, y + i)), d,
                     y + i);
         });
-      }
-      if (anchor != nullptr) apply<Into::kAdd>(l, anchor, A[l], y);
-      gemm<Into::kAdd, false>(s.out[l], s.NP, s.NP, key.D[l], s.NP, mp, s.NP, y, s.NP);
+      };
+      if (kind.use_s) add(S, co.read_cc);
+      if (anchor != nullptr) add(anchor, co.read_rest);
+      token_product<Into::kAdd, false>(s.out[l], s.NP, key.D[l], s.NP, mp, y);
       if (l + 1 < s.L) activate_layer(l, y, A[l + 1], FY[l], kind.n);
     }
   }
@@ -610,33 +668,31 @@ struct MemoryCore {
     }
   }
 
-  // M and S after the chunk.
-  void end(const ChunkKind& kind, const KeyPass<T>& key, T* M, T* S) {
+  // M and S after the chunk, in place or into the next chunk's.
+  void end(const ChunkKind& kind, const KeyPass<T>& key, const T* M, const T* S, T* M_out,
+           T* S_out) {
+    const bool clears = kind.complete && p.rule == MemoryRule::kTtt;
     for (size_t l = 0; l < s.L; ++l) {
-      const size_t size = s.rows[l] * s.ld[l];
-      T *m = M + s.at[l], *sl = S + s.at[l];
-      auto add = [&](const T* weights, T* to) HWY_ATTR {
+      const size_t at = s.at[l], ld = s.ld[l];
+      const T* sum = kind.use_s ? S + at : nullptr;
+      auto make = [&](FromSum<T> from, const T* weights, T* to) HWY_ATTR {
         const T* x = key.X[l];
         T* scaled = tmp;
         for_tokens<T>(s.rows[l], s.NP, [&](auto d, size_t i, size_t j) HWY_ATTR {
           hn::Store(hn::Neg(hn::Mul(hn::Load(d, weights + j), hn::Load(d, x + i))), d, scaled + i);
         });
-        add_outer(l, s.rows[l], kind.n, scaled, key.D_rows[l], to);
+        gemm<false>(from, s.rows[l], ld, {static_cast<size_t>(kind.n)}, scaled, s.NP, key.D_rows[l],
+                    ld, to + at, ld);
       };
       if (kind.write_m) {
-        if (kind.use_s) {
-          combine(size, co.c_n, sl, co.beta_n, m);
-        } else {
-          scale(size, co.beta_n, m);
-        }
-        add(co.lam, M);
+        make({co.beta_n, M + at, co.c_n, sum, T(1) - co.beta_n,
+              anchor != nullptr ? anchor + at : nullptr, ld},
+             co.lam, M_out);
       }
-      if (kind.write_s) {
-        scale(size, co.m_n, sl);
-        add(co.kap, S);
-      }
+      if (kind.write_s) make({co.m_n, S + at, T(0), nullptr, T(0), nullptr, ld}, co.kap, S_out);
     }
-    if (kind.complete && p.rule == MemoryRule::kTtt) std::fill_n(S, s.padded, T(0));
+    if (!kind.write_m && M_out != M) std::copy_n(M, s.padded, M_out);
+    if (clears && (kind.use_s || S_out != S)) std::fill_n(S_out, s.padded, T(0));
   }
 
   const MemoryParams& p;

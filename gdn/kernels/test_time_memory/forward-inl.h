@@ -20,7 +20,6 @@ struct MemoryWalk {
     const auto& s = core.s;
     if (p.rule == MemoryRule::kLmm) G = arena.take<T>(s.padded);
     if (p.sequential) strict = arena.take<T>(s.NP * s.NP);
-    if (p.anchor != nullptr) full = arena.take<T>(s.padded);
   }
 
   // Whether TTT's sum is zero where the call's tokens begin, whatever the state holds.
@@ -42,7 +41,6 @@ struct MemoryWalk {
         std::copy_n(M, s.padded, G);
       }
     }
-    if (core.anchor != nullptr) combine(s.padded, T(-1), core.anchor, T(1), M);
     if (p.momentum != nullptr && !starts_mini_batch(n)) {
       s.load(core.head(p.momentum, s.flat, task), S);
     } else {
@@ -67,19 +65,13 @@ struct MemoryWalk {
   }
 
   // The weights at which a chunk takes its gradients, M being those of its start.
-  const T* gradient_weights(const ChunkKind& kind, const T* M) {
-    if (p.rule == MemoryRule::kTtt) return M;
-    if (!kind.fresh) return G;
-    if (core.anchor == nullptr) return M;
-    std::copy_n(M, core.s.padded, full);
-    combine(core.s.padded, T(1), core.anchor, T(1), full);
-    return full;
+  const T* gradient_weights(const ChunkKind& kind, const T* M) const {
+    return p.rule == MemoryRule::kTtt || kind.fresh ? M : G;
   }
 
   const MemoryParams& p;
   MemoryCore<T> core;
   T* G = nullptr;       // [padded] gradient_at of the call's start
-  T* full = nullptr;    // [padded] M + anchor
   T* strict = nullptr;  // [NP][NP]
 };
 
@@ -124,12 +116,11 @@ struct MemoryForward {
       complete = kind.complete;
       if (keeps_gradient_at && t == range.end && !complete)
         s.store(walk.gradient_weights(kind, M), gradient_at);
-      if (t < range.end || out.memory != nullptr) core.end(kind, key, M, S);
+      if (t < range.end || out.memory != nullptr) core.end(kind, key, M, S, M, S);
     }
     if (out.momentum != nullptr)
       s.store(S, static_cast<T*>(out.momentum) + task * static_cast<int64_t>(s.flat));
     if (out.memory == nullptr) return;
-    if (core.anchor != nullptr) combine(s.padded, T(1), core.anchor, T(1), M);
     s.store(M, static_cast<T*>(out.memory) + task * static_cast<int64_t>(s.flat));
     if (keeps_gradient_at && complete) s.store(M, gradient_at);
   }
