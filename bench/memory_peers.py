@@ -10,6 +10,7 @@ gradients are compared first. Prints medians and ratios.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import platform
@@ -156,6 +157,16 @@ def lmm_case(B, T, H, d, seed=0):
     return "titans_lmm, depth 2", x, ours, plain
 
 
+def lmm_flops(d):
+    """Of a token and head, forward and backward: passes over the weights (the kernel's README) and the scores."""
+    return 25.7 * 2 * 2 * d * 4 * d + 2 * CHUNK * 40 * d
+
+
+def ttt_flops(d):
+    """As above: one layer, no momentum, no anchor: 3 passes forward, 9 backward."""
+    return 12 * 2 * d * d + 2 * CHUNK * 8 * d
+
+
 def gradients(fn, x, grad):
     return torch.autograd.grad(fn(), x, grad)
 
@@ -198,20 +209,26 @@ def main():
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=6.0, help="measuring time of each row")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file, too")
     args = parser.parse_args()
     shape = (args.batch, args.seq_len, args.heads, args.head_dim)
     print(f"{cpu_name()}, {os.cpu_count()} CPUs; torch {torch.__version__}")
     print(f"B,T,H,d = {shape}, fp32, forward + backward, ms\n")
-    print("| memory | threads | gdn | plain PyTorch | ratio | gdn tokens/s |")
-    print("|---|---|---|---|---|---|")
-    for case in (ttt_case, lmm_case):
+    print("| memory | threads | gdn | plain PyTorch | ratio | gdn tokens/s | gdn GFLOP/s |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for case, flops in ((ttt_case, ttt_flops), (lmm_case, lmm_flops)):
         check(case, 1, 3 * CHUNK, 2, 16)
         for threads in args.threads:
             torch.set_num_threads(threads)
             name, x, ours, plain = case(*shape)
             a, b = medians(x, torch.randn(shape), [ours, plain], args.seconds)
             rate = args.batch * args.seq_len / a * 1e3
-            print(f"| {name} | {threads} | {a:.1f} | {b:.1f} | {b / a:.1f}x | {rate:.0f} |", flush=True)
+            gflops = rate * args.heads * flops(args.head_dim) / 1e9
+            print(f"| {name} | {threads} | {a:.1f} | {b:.1f} | {b / a:.1f}x | {rate:.0f} | {gflops:.0f} |", flush=True)
+            rows.append({"name": name, "threads": threads, "ms": a, "peer_ms": b, "rate": rate, "gflops": gflops})
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps({"shape": shape, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def parts(build: pathlib.Path, quick: bool) -> list[tuple[str, list[str]]]:
     else:
         print("engine: left out, not built (cmake --preset release -DGDN_BENCH=ON)", file=sys.stderr)
     python = os.environ.get("GDN_PEERS_PYTHON", sys.executable)
+    memories = [python, str(ROOT / "bench" / "memory_peers.py"), *t, "--seconds", "0.5" if quick else "5"]
+    list_.append(("memories", [*memories, "--json", "{out}"]))
     found = subprocess.run([python, "-c", "import torch, transformers"], capture_output=True)
     if found.returncode == 0:
         peers = [python, str(ROOT / "bench" / "peers.py"), "--seq-len", "512", "4096", "--heads", "16", "32", *t]
@@ -269,6 +271,11 @@ def goal_rows(f: Figures):
     for dtype in ("fp32", "bf16"):
         yield against(f"decoding of the model, B=1, {dtype}", f"decode {dtype}", 5)
     yield from mixer_goals(f)
+    for name in ("ttt_linear", "titans_lmm, depth 2"):
+        memory = f.row("memories", name, f.threads[-1])
+        times = [memory["peer_ms"] / memory["ms"]] if memory else []
+        figure = f"{times[0]:.1f}x" if times else "-"
+        yield f"{name}, all threads: times plain PyTorch", "at least 3x", figure, verdict(times, 3, True)
     for key, goal, what, form in (
         ("of_ceiling", 0.8, "of what memory or exp allow", "{:.0f} %"),
         ("torch/ours", 2, "times the torch composition", "{:.1f}x"),
@@ -374,6 +381,16 @@ def mixers(f: Figures) -> str:
     return table([*header, "time at T=8192", "decode, ms", "state KiB", "after 8192 tokens"], rows)
 
 
+def memories(f: Figures) -> str:
+    columns = ["ms", "peer_ms"]
+    rows = []
+    for row in f.result["parts"].get("memories", {}).get("rows", []):
+        cells = [f"{row[key]:.1f}" for key in columns]
+        cells += [f"{row['peer_ms'] / row['ms']:.1f}x", f"{row['rate']:.0f}", f"{row['gflops']:.0f}"]
+        rows.append([row["name"], str(row["threads"]), *cells])
+    return table(["", "threads", "gdn, ms", "plain PyTorch, ms", "ratio", "gdn tok/s", "gdn GFLOP/s"], rows)
+
+
 def sections(f: Figures) -> dict[str, str]:
     r = f.result
     machine = r.get("machine", {})
@@ -391,6 +408,7 @@ def sections(f: Figures) -> dict[str, str]:
         "small": small_kernels(f),
         "peers": peers(f),
         "products": products(f),
+        "memories": memories(f),
         "ceilings": plain(f, "ceilings", [rate, ("unit", "unit", "{}")]),
         "mixers": mixers(f),
         "train": plain(
