@@ -50,10 +50,65 @@ assert torch.equal(ours.generate(ids[:, :20], **generate), theirs.generate(ids[:
 """
 
 
+# Its other models of operators that gdn has: they learn, decode as they read, and skip padding.
+OTHERS = """
+import warnings
+warnings.simplefilter("ignore")
+import torch, gdn
+gdn.register_fla_backend()
+import fla.models
+from fla.layers.simple_gla import SimpleGatedLinearAttention
+
+torch.manual_seed(0)
+common = dict(hidden_size=64, num_hidden_layers=2, vocab_size=100)
+ids = torch.randint(3, 100, (2, 90))
+mask = torch.ones_like(ids)
+mask[0, :9] = 0
+for kind, fields in (
+    ("RetNet", dict(num_heads=2)),
+    ("GLA", dict(num_heads=2)),
+    ("LinearAttention", dict(num_heads=2)),
+    ("HGRN2", dict(expand_ratio=16)),
+    ("Comba", dict(num_heads=2, head_dim=16)),
+    ("GatedDeltaProduct", dict(num_heads=2, head_dim=16)),
+):
+    model = getattr(fla.models, kind + "ForCausalLM")(getattr(fla.models, kind + "Config")(**common, **fields))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(3)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()), kind
+    model.eval()
+    with torch.no_grad():
+        whole = model(ids).logits
+        out = model(ids[:, :80], use_cache=True)
+        parts = [out.logits]
+        for t in range(80, 90):
+            out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[:1, 9:], model(ids[:1, 9:]).logits)
+layer = SimpleGatedLinearAttention(hidden_size=64, num_heads=2)
+x = torch.randn(2, 90, 64)
+with torch.no_grad():
+    part = layer(x[:, :20])[0]
+torch.testing.assert_close(layer(x)[0][:, :20], part, rtol=1e-4, atol=1e-5)
+"""
+
+
+def run(*arguments):
+    # A process of its own: flash-linear-attention registers the same model types as gdn.
+    environment = {"PYTHONPATH": f"{ROOT / 'python'}:{':'.join(sys.path)}"}
+    command = [sys.executable, "-c", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kind", ["GatedDeltaNet", "KDA", "DeltaNet"])
 def test_flas_models_run_and_their_checkpoints_load(kind, tmp_path):
-    # A process of its own: flash-linear-attention registers the same model types as gdn.
-    run = [sys.executable, "-c", SCRIPT, kind, str(tmp_path)]
-    environment = {"PYTHONPATH": f"{ROOT / 'python'}:{':'.join(sys.path)}"}
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
+    run(SCRIPT, kind, tmp_path)
+
+
+def test_flas_other_models_run():
+    run(OTHERS)
