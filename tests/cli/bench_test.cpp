@@ -113,8 +113,9 @@ TEST_F(Bench, MixersRunsWhatTheFilterNames) {
       names.push_back(row["name"]);
   }
   EXPECT_THAT(names, ::testing::ElementsAre("gated_delta_net forward T=512",
-                                            "gated_delta_net forward+backward T=512",
                                             "gated_delta_net forward T=8192",
+                                            "gated_delta_net forward T=16384",
+                                            "gated_delta_net forward+backward T=512",
                                             "gated_delta_net forward+backward T=8192",
                                             "gated_delta_net decode B=1 after 8192 tokens"));
 }
