@@ -4,14 +4,15 @@
 
 Three tasks: a prefill, decoding, and a training step. Both sides run in turn in one process on the same inputs, and
 their outputs are compared first. For each task it prints the medians, the share of the time that the patched functions
-(gated delta rule, causal convolution) take, the speed-up, and the most that Amdahl's law allows, which is what would
-be reached if those functions took no time at all. Needs `pip install transformers` beside torch.
+(gated delta rule, causal convolution) take before and after, the speed-up, and the most that Amdahl's law allows, which
+is what would be reached if those functions took no time at all. Needs `pip install transformers` beside torch.
 
-    python bench/transformers_models.py                      # float32, 2,048 tokens
-    python bench/transformers_models.py --dtype bfloat16
+    python bench/transformers_models.py                                    # float32 and bfloat16, 2,048 tokens
+    python bench/transformers_models.py --dtype bfloat16 --tasks prefill
 """
 
 import argparse
+import json
 import logging
 import os
 import pathlib
@@ -137,25 +138,9 @@ def measure(task, model, ids, dtype):
         return time.perf_counter() - start, functions.seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    tasks = ["prefill", "decode", "train"]
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
-    args = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    model = make_model(dtype)
-    ids = torch.randint(0, model.config.vocab_size, (1, args.tokens))
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    print(f"{cpu}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"Qwen3-Next-like, {model.num_parameters() / 1e6:.0f} M parameters, {args.dtype}, {args.tokens} tokens")
-
+def compare(model, ids, dtype, args) -> list[dict]:
+    """Prints one row per task and returns them."""
+    print(f"Qwen3-Next-like, {model.num_parameters() / 1e6:.0f} M parameters, {dtype}, {args.tokens} tokens")
     sides = {"transformers": gdn.unpatch_transformers, "gdn": gdn.patch_transformers}
     logits = []
     for switch in sides.values():  # also warms up
@@ -165,21 +150,57 @@ def main() -> None:
     print(f"relative difference of the last logits: {error:.1e}")
     heads = ("transformers", "gdn", "speed-up", "limit", "of it", "share before", "after")
     print(f"{'task':10}" + "".join(f"{head:>14}" for head in heads))
+    rows = []
     for task in args.tasks:
         runs = {side: [] for side in sides}
         for _ in range(args.repeats):
             for side, switch in sides.items():
                 switch()
                 runs[side].append(measure(task, model, ids, dtype))
-        before, after = (
-            tuple(statistics.median(column) for column in zip(*runs[side])) for side in ("transformers", "gdn")
-        )
-        limit = before[0] / (before[0] - before[1])
-        speedup = before[0] / after[0]
-        cells = [f"{seconds * 1e3:.1f} ms" for seconds in (before[0], after[0])]
-        cells += [f"{ratio:.2f}" for ratio in (speedup, limit, speedup / limit)]
-        cells += [f"{functions / total:.1%}" for total, functions in (before, after)]
+        before, after = (tuple(statistics.median(column) for column in zip(*runs[side])) for side in sides)
+        row = {
+            "name": f"{task}, {str(dtype).removeprefix('torch.')}",
+            "threads": args.threads,
+            "transformers ms": before[0] * 1e3,
+            "gdn ms": after[0] * 1e3,
+            "speed-up": before[0] / after[0],
+            "limit": before[0] / (before[0] - before[1]),
+            "share before %": 100 * before[1] / before[0],
+            "share after %": 100 * after[1] / after[0],
+        }
+        row["of limit"] = row["speed-up"] / row["limit"]
+        rows.append(row)
+        cells = [f"{row[key]:.1f} ms" for key in ("transformers ms", "gdn ms")]
+        cells += [f"{row[key]:.2f}" for key in ("speed-up", "limit", "of limit")]
+        cells += [f"{row[key]:.1f} %" for key in ("share before %", "share after %")]
         print(f"{task:10}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    tasks = ["prefill", "decode", "train"]
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file as well")
+    args = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    print(f"{cpu}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    rows = []
+    for name in args.dtype:
+        dtype = getattr(torch, name)
+        model = make_model(dtype)
+        ids = torch.randint(0, model.config.vocab_size, (1, args.tokens))
+        rows += compare(model, ids, dtype, args)
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

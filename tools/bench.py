@@ -67,6 +67,8 @@ def parts(build: pathlib.Path, quick: bool) -> list[tuple[str, list[str]]]:
         for name in ("ggml", "ik"):  # folders of libraries, see bench/native_peers.py
             if folder := os.environ.get(f"GDN_PEERS_{name.upper()}"):
                 peers += [f"--{name}", folder]
+        models = [python, str(ROOT / "bench" / "transformers_models.py"), "--threads", t[-1]]
+        list_.append(("transformers", [*models, "--repeats", "1" if quick else "3", "--json", "{out}"]))
         list_.append(("peers", [*peers, "--seconds", "0.5" if quick else "2.5", "--json", "{out}"]))
     else:
         print("peers: left out, transformers is not installed (pip install transformers)", file=sys.stderr)
@@ -407,6 +409,19 @@ def sections(f: Figures) -> dict[str, str]:
         "goals": goals,
         "small": small_kernels(f),
         "peers": peers(f),
+        "transformers": plain(
+            f,
+            "transformers",
+            [
+                ("transformers, ms", "transformers ms", "{:.1f}"),
+                ("gdn, ms", "gdn ms", "{:.1f}"),
+                ("speed-up", "speed-up", "{:.2f}x"),
+                ("limit", "limit", "{:.2f}x"),
+                ("of the limit", "of limit", "{:.2f}"),
+                ("share before, %", "share before %", "{:.1f}"),
+                ("share after, %", "share after %", "{:.1f}"),
+            ],
+        ),
         "products": products(f),
         "memories": memories(f),
         "ceilings": plain(f, "ceilings", [rate, ("unit", "unit", "{}")]),
