@@ -45,6 +45,7 @@ mask = torch.ones_like(ids)
 mask[0, :9] = 0
 with torch.no_grad():
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits, theirs(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(gdn.CausalLM.from_pretrained(folder)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
 generate = dict(attention_mask=mask[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
 assert torch.equal(ours.generate(ids[:, :20], **generate), theirs.generate(ids[:, :20], **generate))
 """
@@ -52,7 +53,7 @@ assert torch.equal(ours.generate(ids[:, :20], **generate), theirs.generate(ids[:
 
 # Its other models of operators that gdn has: they learn, decode as they read, and skip padding.
 OTHERS = """
-import warnings
+import sys, warnings
 warnings.simplefilter("ignore")
 import torch, gdn
 gdn.register_fla_backend()
@@ -89,6 +90,10 @@ for kind, fields in (
             parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(ids, attention_mask=mask).logits[:1, 9:], model(ids[:1, 9:]).logits)
+        if kind == "GLA":  # libgdn reads its checkpoints
+            model.save_pretrained(sys.argv[1])
+            engine = gdn.CausalLM.from_pretrained(sys.argv[1])
+            torch.testing.assert_close(engine(ids), whole, rtol=1e-4, atol=1e-4)
 layer = SimpleGatedLinearAttention(hidden_size=64, num_heads=2)
 x = torch.randn(2, 90, 64)
 with torch.no_grad():
@@ -110,5 +115,5 @@ def test_flas_models_run_and_their_checkpoints_load(kind, tmp_path):
     run(SCRIPT, kind, tmp_path)
 
 
-def test_flas_other_models_run():
-    run(OTHERS)
+def test_flas_other_models_run(tmp_path):
+    run(OTHERS, tmp_path)
