@@ -20,10 +20,14 @@ FUNCTIONS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         "fused_recurrent_gated_delta_rule",
         ops.fused_recurrent_gated_delta_rule,
     ),
+    ("fla.ops.gated_delta_rule.gate", "fused_gdn_gate", _fla_ops.fused_gdn_gate),
+    ("fla.ops.kda.gate", "fused_kda_gate", _fla_ops.fused_kda_gate),
     ("fla.ops.kda.chunk", "chunk_kda", ops.chunk_kda),
     ("fla.ops.kda.fused_recurrent", "fused_recurrent_kda", ops.fused_recurrent_kda),
     ("fla.ops.delta_rule.chunk", "chunk_delta_rule", ops.chunk_delta_rule),
     ("fla.ops.delta_rule.fused_recurrent", "fused_recurrent_delta_rule", ops.fused_recurrent_delta_rule),
+    ("fla.ops.gdn2.chunk", "chunk_gdn2", _fla_ops.chunk_gdn2),
+    ("fla.ops.gdn2.fused_recurrent", "fused_recurrent_gdn2", _fla_ops.fused_recurrent_gdn2),
     ("fla.ops.comba.chunk", "chunk_comba", _fla_ops.chunk_comba),
     ("fla.ops.comba.fused_recurrent", "fused_recurrent_comba", _fla_ops.fused_recurrent_comba),
     ("fla.ops.gated_delta_product.chunk", "chunk_gated_delta_product", _fla_ops.chunk_gated_delta_product),
@@ -103,10 +107,10 @@ def _misfit(original: Callable[..., Any], ours: Callable[..., Any]) -> str | Non
 def register_fla_backend() -> tuple[str, ...]:
     """Lets the installed flash-linear-attention (0.6) use gdn for tensors on the CPU.
 
-    Its operators for the gated delta rule, KDA, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA, retention and
-    linear attention, its short convolution, norms, rotary positions, activations, SwiGLU and cross-entropy then work
-    on CPUs, and with them the layers and models that are made of these: Gated DeltaNet, KDA, DeltaNet, Comba, gated
-    DeltaProduct, simple GLA, GLA, HGRN2, RetNet and linear attention.
+    Its operators for the gated delta rule, KDA, Gated DeltaNet-2, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA,
+    retention and linear attention, its short convolution, norms, rotary positions, activations, SwiGLU and
+    cross-entropy then work on CPUs, and with them the layers and models that are made of these: Gated DeltaNet, KDA,
+    Gated DeltaNet-2, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA, HGRN2, RetNet and linear attention.
     Where flash-linear-attention has a registry of backends gdn registers there; the functions that it does not dispatch
     are replaced by ones that look at the device first. Tensors on other devices go where they went before.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn import ops
-from gdn.ops._call import check, run
+from gdn.ops._call import call, check, legacy, no_context_parallelism, run
 
 _gdn = torch.ops.gdn
 
@@ -79,6 +79,128 @@ def fused_recurrent_comba(
     return _comba("fused_recurrent_comba", "recurrent", q, k, v, p, g, beta, *flags, cu_seqlens)
 
 
+def fused_gdn_gate(
+    g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None, output_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    check("fused_gdn_gate", g=g, A_log=A_log, dt_bias=dt_bias)
+    return call(_gdn.gdn_gate, g, A_log, dt_bias).to(output_dtype)
+
+
+def fused_kda_gate(
+    g: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    output_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """g [...,HV,K]; any number of dimensions before these."""
+    check("fused_kda_gate", g=g, A_log=A_log, dt_bias=dt_bias)
+    if A_log is None:
+        if lower_bound is None:
+            raise ValueError("[fused_kda_gate] A_log or lower_bound must be given")
+        A_log = g.new_zeros(g.shape[-2], dtype=torch.float32)
+    rows = g.reshape(1, -1, *g.shape[-2:])
+    dt_bias = None if dt_bias is None else dt_bias.flatten()
+    return call(_gdn.kda_gate, rows, A_log.flatten(), dt_bias, lower_bound).view(g.shape).to(output_dtype)
+
+
+def _gdn2(
+    op: str,
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    lower_bound: float | None,
+    state_v_first: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """u = w v - S^T (b k), with gates b per key channel and w per value channel, each of a value head."""
+    check(op, q=q, k=k, v=v, g=g, b=b, w=w, initial_state=initial_state)
+    if use_gate_in_kernel:
+        g = fused_kda_gate(g, A_log, dt_bias, lower_bound)
+    if use_qk_l2norm_in_kernel:
+        q, k = ops.l2norm(q), ops.l2norm(k)
+    groups = v.shape[2] // q.shape[2]
+    q, k = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if initial_state is not None:
+        initial_state = (initial_state.transpose(2, 3) if state_v_first else initial_state).to(wide)
+    tensors = dict(q=q, k=k, v=(w * v).to(q.dtype), g=g.to(wide), a=(b * k).to(q.dtype), initial_state=initial_state)
+    o, state = run(op, _gdn.delta_rule, tensors, cu_seqlens, output_final_state, scale=scale, erase="own", form=form)
+    return o, state.transpose(2, 3).contiguous() if state is not None and state_v_first else state
+
+
+def chunk_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: bool = False,
+    state_v_first: bool = False,
+    cp_context: None = None,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    chunk_size: int = 64,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    op = "chunk_gdn2"
+    state_v_first = legacy(op, kwargs, state_v_first)
+    no_context_parallelism(op, cp_context)
+    if return_intermediate_states:
+        raise ValueError(f"[{op}] return_intermediate_states=True is not supported on CPUs")
+    flags = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound)
+    cu_seqlens = cu_seqlens if cu_seqlens is not None else cu_seqlens_cpu
+    return _gdn2(op, "chunk", q, k, v, g, b, w, A_log, dt_bias, *flags, state_v_first, cu_seqlens)
+
+
+def fused_recurrent_gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    lower_bound: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    op = "fused_recurrent_gdn2"
+    state_v_first = legacy(op, kwargs, state_v_first)
+    flags = (scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel, lower_bound)
+    return _gdn2(op, "recurrent", q, k, v, g, b, w, A_log, dt_bias, *flags, state_v_first, cu_seqlens)
+
+
 def chunk_gated_delta_product(
     q: Tensor,
     k: Tensor,
@@ -124,10 +246,18 @@ def parallel_simple_gla(
     output_attentions: bool = False,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, None]:
-    if output_attentions:
-        raise ValueError("[parallel_simple_gla] output_attentions=True is not supported on CPUs")
-    return ops.chunk_simple_gla(q, k, v, g, scale=scale, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)[0], None
+) -> tuple[Tensor, Tensor | None]:
+    """Also the matrices of attention [B,H,T,T] where they are asked for."""
+    o, _ = ops.chunk_simple_gla(q, k, v, g, scale=scale, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
+    if not output_attentions:
+        return o, None
+    if cu_seqlens is not None or cu_seqlens_cpu is not None:
+        raise ValueError("[parallel_simple_gla] output_attentions=True does not go with cu_seqlens")
+    scores = torch.einsum("bthk,bshk->bhts", q.float(), k.float()) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if g is not None:
+        total = g.float().cumsum(1).transpose(1, 2)
+        scores = scores * (total[..., None] - total[..., None, :]).tril().exp()
+    return o, scores.tril()
 
 
 def parallel_retention(
@@ -137,10 +267,9 @@ def parallel_retention(
     scale: float | None = None,
     output_attentions: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, None]:
-    if output_attentions:
-        raise ValueError("[parallel_retention] output_attentions=True is not supported on CPUs")
-    return ops.chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens)[0], None
+) -> tuple[Tensor, Tensor | None]:
+    decays = torch.log1p(-(2.0 ** (-5.0 - torch.arange(q.shape[2], device=q.device)))).expand(q.shape[:3])
+    return parallel_simple_gla(q, k, v, decays, scale, output_attentions, cu_seqlens)
 
 
 def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -58,7 +58,10 @@ warnings.simplefilter("ignore")
 import torch, gdn
 gdn.register_fla_backend()
 import fla.models
+from fla.layers.gdn2 import GatedDeltaNet2
 from fla.layers.simple_gla import SimpleGatedLinearAttention
+from fla.ops import gdn2
+from fla.ops.gdn2.naive import naive_recurrent_gdn2
 
 torch.manual_seed(0)
 common = dict(hidden_size=64, num_hidden_layers=2, vocab_size=100)
@@ -94,11 +97,20 @@ for kind, fields in (
             model.save_pretrained(sys.argv[1])
             engine = gdn.CausalLM.from_pretrained(sys.argv[1])
             torch.testing.assert_close(engine(ids), whole, rtol=1e-4, atol=1e-4)
-layer = SimpleGatedLinearAttention(hidden_size=64, num_heads=2)
 x = torch.randn(2, 90, 64)
-with torch.no_grad():
-    part = layer(x[:, :20])[0]
-torch.testing.assert_close(layer(x)[0][:, :20], part, rtol=1e-4, atol=1e-5)
+for layer in (
+    SimpleGatedLinearAttention(hidden_size=64, num_heads=2),
+    GatedDeltaNet2(hidden_size=64, num_heads=2, head_dim=16, num_v_heads=4),
+):
+    with torch.no_grad():
+        part = layer(x[:, :20])[0]
+    torch.testing.assert_close(layer(x)[0][:, :20], part, rtol=1e-4, atol=1e-5)
+q, k, v = (torch.randn(2, 40, 3, 8) for _ in range(3))
+g, b, w = -torch.rand(2, 40, 3, 8), torch.rand(2, 40, 3, 8), torch.rand(2, 40, 3, 8)
+for op in (gdn2.chunk_gdn2, gdn2.fused_recurrent_gdn2):
+    expected = naive_recurrent_gdn2(q, k / 3, v, g, b, w, output_final_state=True)
+    for a, e in zip(op(q, k / 3, v, g, b, w, output_final_state=True), expected):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 """
 
 

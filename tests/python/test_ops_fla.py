@@ -182,6 +182,12 @@ def test_kda(name, lower_bound):
         **x, output_final_state=True, use_gate_in_kernel=True, A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound
     )
     check(result, loop(**dict(x, g=g)), leaves)
+    # fla's checkpoints have them as [1,1,HV,1] and [HV,K].
+    gate = dict(A_log=A_log if A_log is None else A_log.view(1, 1, 4, 1), dt_bias=dt_bias.view(4, 8))
+    again = getattr(ops, name)(**x, use_gate_in_kernel=True, lower_bound=lower_bound, **gate)
+    torch.testing.assert_close(again[0], result[0])
+    with pytest.raises(ValueError, match=rf"\[{name}\] dt_bias must be"):
+        getattr(ops, name)(**x, use_gate_in_kernel=True, lower_bound=-1.0, dt_bias=dt_bias[:5])
 
 
 def test_the_recurrent_forms_mix_dtypes():

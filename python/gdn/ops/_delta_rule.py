@@ -164,7 +164,9 @@ def _kda(
             if lower_bound is None:
                 raise ValueError(f"[{op}] use_gate_in_kernel=True needs A_log or lower_bound")
             A_log = g.new_zeros(g.shape[2], dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
-        g = call(_gdn.kda_gate, g, A_log, dt_bias, lower_bound)
+        # Checkpoints have them in several shapes.
+        dt_bias = None if dt_bias is None else dt_bias.flatten()
+        g = call(_gdn.kda_gate, g, A_log.flatten(), dt_bias, lower_bound, name=op)
     return run(op, function, {**tensors, gate: g}, cu_seqlens, output_final_state, **options)
 
 
@@ -202,7 +204,8 @@ def chunk_kda(
     Args:
         g: [B,T,HV,K], the natural logarithm of the decay, <= 0; with use_gate_in_kernel the raw input of the gate:
             -exp(A_log) softplus(g + dt_bias), or with lower_bound: lower_bound sigmoid(exp(A_log) (g + dt_bias)).
-        A_log: [HV], may be None with lower_bound (then 0). dt_bias: [HV*K] or None.
+        A_log: [HV], or so many numbers in another shape, may be None with lower_bound (then 0). dt_bias: the same with
+            HV*K numbers, or None.
         safe_gate: with use_gate_in_kernel it demands a lower_bound in [-5, 0); else it changes nothing here.
         disable_recompute, use_graph, max_num_seqs: for GPUs, accepted and without effect.
         return_intermediate_states: not supported.
