@@ -35,7 +35,8 @@ def _open(folder):
     found = [path for name in names for path in sorted(pathlib.Path(folder).rglob(name))]
     if not found:
         raise SystemExit(f"peers.py: no libggml*.so in {folder}; bench/native_peers.py says how to build them")
-    return [ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL) for path in found]
+    # Lazily: without its flash attention ik_llama.cpp leaves a function undefined that is not called here.
+    return [ctypes.CDLL(str(path), mode=os.RTLD_LAZY | os.RTLD_LOCAL) for path in found]
 
 
 class _Ggml:
