@@ -18,6 +18,7 @@
 #include <cmath>
 #include <utility>
 
+#include "gdn/ops/attend_step.h"
 #include "gdn/ops/rope.h"
 
 namespace gdn {
@@ -163,7 +164,10 @@ at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const int64_t T = q.size(1), S = k.size(1);
   if (naive) return naive_attention(q, k, v, window);
   const bool windowed = window > 0 && S > window;
-  if (T == 1 && !windowed) return scaled_dot_product(q, k, v, std::nullopt, false);
+  if (T == 1 && !windowed) {
+    if (!ops::can_attend_step(q, k, v)) return scaled_dot_product(q, k, v, std::nullopt, false);
+    return ops::attend_step(q, k, v, 1.0 / std::sqrt(static_cast<double>(q.size(3))));
+  }
   if (!windowed && S == T) return scaled_dot_product(q, k, v, std::nullopt, true);
   if (!windowed) return scaled_dot_product(q, k, v, visible_keys(T, S, 0, q), false);
   // Blocks of queries with the keys they can see, so that the cost grows with T times the window.

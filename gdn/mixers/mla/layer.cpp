@@ -12,6 +12,7 @@
 
 #include "gdn/mixers/attention/core.h"
 #include "gdn/mixers/common/options.h"
+#include "gdn/ops/attend_step.h"
 
 namespace gdn {
 namespace {
@@ -85,19 +86,26 @@ at::Tensor Mla::attend_absorbed(const at::Tensor& q, const at::Tensor& latent) {
   const at::Tensor up_k = weight.narrow(1, 0, nope_dim_);       // [H,K,rank]
   const at::Tensor up_v = weight.narrow(1, nope_dim_, v_dim_);  // [H,V,rank]
   const at::Tensor absorbed = at::einsum("bthk,hkr->bthr", {q.narrow(3, 0, nope_dim_), up_k});
-  const at::Tensor rows = at::cat({absorbed, q.narrow(3, nope_dim_, shared_dim_)}, 3)
-                              .reshape({B, T * num_heads_, width});
-  const at::Tensor keys = latent.squeeze(2);  // [B,S,width]
+  const at::Tensor rows = at::cat({absorbed, q.narrow(3, nope_dim_, shared_dim_)}, 3);
+  const at::Tensor values = latent.narrow(3, 0, rank_);
   const double scale = 1.0 / std::sqrt(static_cast<double>(nope_dim_ + shared_dim_));
-  at::Tensor scores = (at::matmul(rows, keys.transpose(1, 2)) * scale).view({B, T, num_heads_, S});
-  if (T > 1) {
-    const at::Tensor visible = visible_keys(T, S, /*window=*/0, q);
-    scores = scores.masked_fill(visible.logical_not().view({1, T, 1, S}),
-                                -std::numeric_limits<double>::infinity());
+  at::Tensor read;  // [B,T,H,rank]
+  if (ops::can_attend_step(rows, latent, values)) {
+    read = ops::attend_step(rows, latent, values, scale);
+  } else {
+    const at::Tensor keys = latent.squeeze(2);  // [B,S,width]
+    at::Tensor scores =
+        (at::matmul(rows.reshape({B, T * num_heads_, width}), keys.transpose(1, 2)) * scale)
+            .view({B, T, num_heads_, S});
+    if (T > 1) {
+      const at::Tensor visible = visible_keys(T, S, /*window=*/0, q);
+      scores = scores.masked_fill(visible.logical_not().view({1, T, 1, S}),
+                                  -std::numeric_limits<double>::infinity());
+    }
+    read = at::matmul(at::softmax(scores, -1).view({B, T * num_heads_, S}), values.squeeze(2))
+               .view({B, T, num_heads_, rank_});
   }
-  const at::Tensor read =
-      at::matmul(at::softmax(scores, -1).view({B, T * num_heads_, S}), keys.narrow(2, 0, rank_));
-  return at::einsum("bthr,hvr->bthv", {read.view({B, T, num_heads_, rank_}), up_v});
+  return at::einsum("bthr,hvr->bthv", {read, up_v});
 }
 
 at::Tensor Mla::forward(const at::Tensor& x, const Context& ctx) {
