@@ -110,7 +110,8 @@ def register_fla_backend() -> tuple[str, ...]:
     Its operators for the gated delta rule, KDA, Gated DeltaNet-2, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA,
     retention and linear attention, its short convolution, norms, rotary positions, activations, SwiGLU and
     cross-entropy then work on CPUs, and with them the layers and models that are made of these: Gated DeltaNet, KDA,
-    Gated DeltaNet-2, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA, HGRN2, RetNet and linear attention.
+    Gated DeltaNet-2, DeltaNet, Comba, gated DeltaProduct, simple GLA, GLA, HGRN2, RetNet and linear attention. Where
+    flash-attn is not installed, softmax attention, and so hybrids, run on torch's.
     Where flash-linear-attention has a registry of backends gdn registers there; the functions that it does not dispatch
     are replaced by ones that look at the device first. Tensors on other devices go where they went before.
 
@@ -164,6 +165,12 @@ def register_fla_backend() -> tuple[str, ...]:
                     elif attribute == "ACT2FN" and isinstance(value, dict):  # activations by name
                         value.update({key: replacement for key, function in value.items() if function is original})
         _registered.append(name)
+    # Without flash-attn these are None, and its attention layers refuse to be made.
+    for path in ("fla.layers.attn", "fla.layers.mla"):
+        module = importlib.import_module(path)
+        if module.flash_attn_func is None:
+            module.flash_attn_func = _fla_ops.flash_attn_func
+            module.flash_attn_varlen_func = _fla_ops.flash_attn_varlen_func
     criterion = importlib.import_module("fla.modules.fused_cross_entropy.ops").FusedCrossEntropyLoss
     criterion.forward = _by_device(criterion.forward, _fla_ops.cross_entropy_module)
     return tuple(_registered)

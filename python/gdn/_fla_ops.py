@@ -4,6 +4,7 @@
 Those that gdn.ops has under the same name are not here. What only helps a GPU (chunk_indices, inplace) is ignored.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -270,6 +271,51 @@ def parallel_retention(
 ) -> tuple[Tensor, Tensor | None]:
     decays = torch.log1p(-(2.0 ** (-5.0 - torch.arange(q.shape[2], device=q.device)))).expand(q.shape[:3])
     return parallel_simple_gla(q, k, v, decays, scale, output_attentions, cu_seqlens)
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """Softmax attention for q [B,T,H,K], k [B,S,HKV,K], v [B,S,HKV,V]; the last query stands at the last key."""
+    T, S = q.shape[1], k.shape[1]
+    ahead = torch.arange(S, device=q.device) - torch.arange(S - T, S, device=q.device)[:, None]
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    left, right = window_size
+    if left >= 0:
+        seen = seen & (ahead >= -left)
+    if right >= 0:
+        seen = seen & (ahead <= right)
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    o = F.scaled_dot_product_attention(*heads, seen, dropout_p, scale=softmax_scale, enable_gqa=True)
+    return o.transpose(1, 2)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """:func:`flash_attn_func` for packed sequences: q [T,H,K], k [S,HKV,K], v [S,HKV,V]."""
+    outs = [q.new_zeros(0, q.shape[1], v.shape[-1])]
+    bounds = (itertools.pairwise(cu.tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
+    for (q0, q1), (k0, k1) in zip(*bounds):
+        one = (q[None, q0:q1], k[None, k0:k1], v[None, k0:k1])
+        outs.append(flash_attn_func(*one, dropout_p, softmax_scale, causal, window_size)[0])
+    return torch.cat(outs)
 
 
 def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -25,6 +25,9 @@ from gdn import models
 torch.manual_seed(0)
 kind, folder = sys.argv[1:]
 fields = dict(hidden_size=64, num_hidden_layers=2, vocab_size=100, num_heads=2)
+if kind == "hybrid":
+    kind = "GatedDeltaNet"
+    fields["attn"] = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 12}
 if kind != "DeltaNet":
     fields["head_dim"] = 16
 theirs = getattr(fla.models, kind + "ForCausalLM")(getattr(fla.models, kind + "Config")(**fields))
@@ -122,7 +125,7 @@ def run(*arguments):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["GatedDeltaNet", "KDA", "DeltaNet"])
+@pytest.mark.parametrize("kind", ["GatedDeltaNet", "hybrid", "KDA", "DeltaNet"])
 def test_flas_models_run_and_their_checkpoints_load(kind, tmp_path):
     run(SCRIPT, kind, tmp_path)
 

@@ -65,6 +65,14 @@ def test_opcheck(config):
     torch.library.opcheck(gdn.test_time_memory.default, (detached, *config, True), test_utils=utils)
 
 
+def test_what_backward_needs_has_no_size_without_data():
+    without_data = [x.detach().to("meta") if x is not None else None for x in inputs(TTT_MLP)]
+    o, *_, saved = gdn.test_time_memory(without_data, *TTT_MLP)
+    assert o.shape == (1, T, H, D) and saved.numel() == 0
+    with pytest.raises(RuntimeError, match="save=True is not for tensors without data"):
+        gdn.test_time_memory(without_data, *TTT_MLP, False, True)
+
+
 @CONFIGS
 def test_steps_equal_the_whole(config):
     full = [x.detach() if x is not None else None for x in inputs(config)]
