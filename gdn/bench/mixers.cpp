@@ -65,24 +65,21 @@ class MixerBench {
     report_.add(std::move(row));
   }
 
+  at::Tensor call(const at::Tensor& x, State* state = nullptr) {
+    Context ctx;
+    Shared shared;
+    ctx.state = state;
+    ctx.shared = &shared;
+    return mixer_->forward(x, ctx);
+  }
+
   // A state that grows with the sequence belongs to attention, whose time per token grows too.
-  bool recurrent() const {
+  bool recurrent() {
     const c10::InferenceMode inference;
     State state = mixer_->zero_state(1, at::kFloat);
     const int64_t empty = state.bytes();
-    Context ctx;
-    Shared shared;
-    ctx.state = &state;
-    ctx.shared = &shared;
-    mixer_->forward(input(1, 256), ctx);
+    call(input(1, 256), &state);
     return state.bytes() == empty;
-  }
-
-  at::Tensor call(const at::Tensor& x) {
-    Context ctx;
-    Shared shared;
-    ctx.shared = &shared;
-    return mixer_->forward(x, ctx);
   }
 
   // The lengths are measured in turn, so that a disturbance meets all of them.
@@ -122,18 +119,14 @@ class MixerBench {
     const c10::InferenceMode inference;
     State state = mixer_->zero_state(1, at::kFloat);
     const int64_t empty = state.bytes();
-    Context ctx;
-    Shared shared;
-    ctx.state = &state;
-    ctx.shared = &shared;
     const at::Tensor token = input(1, 1);
-    const double first =
-        median_seconds([&] { mixer_->forward(token, ctx); }, std::min(options_.seconds, 0.1));
+    const auto step = [&] { call(token, &state); };
+    const double seconds = std::min(options_.seconds, 0.1);
+    const double first = median_seconds(step, seconds);
     state = mixer_->zero_state(1, at::kFloat);
-    for (int64_t t = 0; t < kTokens; t += 512) mixer_->forward(input(1, 512), ctx);
+    for (int64_t t = 0; t < kTokens; t += 512) call(input(1, 512), &state);
     const int64_t filled = state.bytes();
-    const double later =
-        median_seconds([&] { mixer_->forward(token, ctx); }, std::min(options_.seconds, 0.1));
+    const double later = median_seconds(step, seconds);
     add("decode B=1 after 8192 tokens", later, 1,
         {{"us at the start", 1e6 * first},
          {"state KiB", empty / 1024},
