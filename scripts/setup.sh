@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH_VERSION=2.13.0
 PYTHON_PACKAGES=("torch==${TORCH_VERSION}" "numpy>=1.26" "pytest>=8" "matplotlib>=3.8")
-# For some Python tests, which are skipped without them: to compare with, and to make a wheel.
-PEER_PACKAGES=("transformers==5.23.*" "scikit-build-core>=0.10")
+# For some Python tests, which are skipped without them: to compare with, to train by, to check types, to make a wheel.
+PEER_PACKAGES=("transformers==5.23.*" "accelerate>=1.1" "peft>=0.15" "mypy>=1.11" "scikit-build-core>=0.10")
 LINT_PACKAGES=("clang-format==14.0.6" "ruff>=0.6")
 LOG=.cache/setup.log
 OPTIONAL_TRIED=.cache/setup-optional-tried
