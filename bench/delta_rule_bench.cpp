@@ -87,6 +87,16 @@ void add_all() {
     add(std::string("forward/") + name, forward, shape);
     add(std::string("forward_backward/") + name, forward_backward, shape);
   }
+  for (const int chunk : {32, 64}) {
+    for (const DeltaGate gate : {DeltaGate::kScalar, DeltaGate::kChannel}) {
+      const Shape shape{1, 512, 16, 16, 128, 128, gate, DeltaErase::kKey, chunk, true};
+      const std::string name = std::string("bf16_") +
+                               (gate == DeltaGate::kChannel ? "channel_" : "") + "chunk" +
+                               std::to_string(chunk);
+      add("forward/" + name, forward, shape);
+      add("forward_backward/" + name, forward_backward, shape);
+    }
+  }
   for (const int chunk : {16, 32, 64}) {
     for (const auto& [name, base] : {shapes[0], shapes[3], shapes[4]}) {
       Shape shape = base;

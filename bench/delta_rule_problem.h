@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -17,9 +18,10 @@ struct Shape {
   DeltaGate gate = DeltaGate::kScalar;
   DeltaErase erase = DeltaErase::kKey;
   int chunk_size = 0;
+  bool bf16 = false;
 };
 
-// Sizes, random inputs and outputs in fp32.
+// Sizes, random inputs and outputs in fp32 or bf16.
 struct Problem {
   explicit Problem(const Shape& s, bool training = true) {
     Rng rng(1);
@@ -58,6 +60,7 @@ struct Problem {
     if (s.erase != DeltaErase::kSeparate) x.beta = beta.data();
     o.resize(v.size());
     if (training) make_gradients(keys);
+    if (s.bf16) round_to_bf16();
     // Rows that read (erase, query) and keys that write per token; a triangle of C x C counts as
     // half. C = 32 whatever the engine chooses: the usual yardstick, 114.7 k for K = V = 128.
     const double C = s.chunk_size != 0 ? s.chunk_size : 32;
@@ -84,6 +87,19 @@ struct Problem {
   double forward_flops, backward_flops;  // of the multiply-adds that the chunk form cannot avoid
 
  private:
+  // Rounds the inputs to bf16, in place; outputs and gradients of them fit where those of
+  // fp32 were.
+  void round_to_bf16() {
+    for (auto* inputs : {&q, &k, &v, &a, &p, &d_o}) {
+      auto* to = reinterpret_cast<BFloat16*>(inputs->data());
+      for (size_t i = 0; i < inputs->size(); ++i) {
+        const BFloat16 rounded = to_bf16((*inputs)[i]);
+        std::memcpy(to + i, &rounded, sizeof(rounded));
+      }
+    }
+    x.dtype = DType::kBF16;
+  }
+
   void make_gradients(int64_t keys) {
     saved.resize(delta_rule_saved_size(x));
     for (auto* grad : {&dq, &dk, &da, &dp}) grad->resize(keys);

@@ -12,6 +12,7 @@
 #include "bench/delta_rule_problem.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
+#include "gdn/kernels/simd/pairs.h"
 #include "gdn/kernels/simd/targets.h"
 
 namespace gdn::bench {
@@ -147,6 +148,36 @@ void family_rows(Table& table) {
   table.row("KDA forward + backward", false, 1.7, t[3] / t[2], "x GDN");
 }
 
+// bf16 inputs on the backend that multiplies bf16, against the same inputs in fp32.
+void bf16_rows(Table& table) {
+  if (!table.wants("bf16")) return;
+  if (pair_kernels() == nullptr) return;
+  const bool amx = pair_kernels()->backend == PairBackend::kAmx;
+  const int threads = num_threads();
+  const double peak = (amx ? amx_gflops(threads) : bf16_gflops(threads)).value_or(0);
+  for (const bool channel : {false, true}) {
+    for (const int64_t T : {512, 4096}) {
+      const DeltaGate gate = channel ? DeltaGate::kChannel : DeltaGate::kScalar;
+      Shape shape{1, T, 16, 16, 128, 128, gate};
+      Problem full(shape);
+      shape.bf16 = true;
+      Problem half(shape);
+      const auto t =
+          medians({forward_of(full), forward_of(half), training_of(full), training_of(half)}, 0.8);
+      const std::string name = std::string(channel ? "KDA " : "") + "bf16 forward";
+      const std::string which = " T=" + std::to_string(T) + " H=16, " + pair_backend();
+      const auto note = [&](double flops, double seconds) {
+        return text("%.2f ms", seconds * 1e3) +
+               text(", %.2f of the bf16 peak", flops * 1e-9 / seconds / peak);
+      };
+      table.row(name + which, true, amx ? channel ? 2.5 : 3.0 : 1.5, t[0] / t[1], "x our fp32",
+                note(half.forward_flops, t[1]));
+      table.row(name + " + backward" + which, true, amx ? 2.5 : 1.5, t[2] / t[3], "x our fp32",
+                note(half.forward_flops + half.backward_flops, t[3]));
+    }
+  }
+}
+
 void size_rows(Table& table) {
   if (!table.wants("sizes")) return;
   Problem base({1, 512, 16, 16, 128, 128});
@@ -240,6 +271,7 @@ int print_delta_rule_table(const std::string& filter, const std::string& json_fi
   speed_rows(table);
   decode_rows(table);
   family_rows(table);
+  bf16_rows(table);
   size_rows(table);
   length_rows(table);
   packed_rows(table);

@@ -18,6 +18,7 @@
 #include "gdn/base/parallel.h"
 #include "gdn/cli/build_info.h"
 #include "gdn/cli/cli.h"
+#include "gdn/kernels/simd/pairs.h"
 #include "gdn/kernels/simd/targets.h"
 #include "gdn/mixers/mixer.h"
 #include "gdn/model/checkpoint.h"
@@ -44,10 +45,11 @@ std::vector<std::string> simd_targets() {
 }
 
 nlohmann::json build_info() {
-  nlohmann::json info = {
-      {"version", GDN_VERSION},         {"commit", GDN_GIT_HASH},       {"compiler", GDN_COMPILER},
-      {"build_type", GDN_BUILD_TYPE},   {"torch", TORCH_VERSION},       {"cuda", at::hasCUDA()},
-      {"simd_targets", simd_targets()}, {"simd_target", simd_target()}, {"threads", num_threads()}};
+  nlohmann::json info = {{"version", GDN_VERSION},          {"commit", GDN_GIT_HASH},
+                         {"compiler", GDN_COMPILER},        {"build_type", GDN_BUILD_TYPE},
+                         {"torch", TORCH_VERSION},          {"cuda", at::hasCUDA()},
+                         {"simd_targets", simd_targets()},  {"simd_target", simd_target()},
+                         {"bf16_products", pair_backend()}, {"threads", num_threads()}};
   info["cuda_devices"] = at::hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
   return info;
 }
@@ -74,6 +76,7 @@ int info_on_build(bool json) {
                                          : info["cuda_devices"].dump() + " device(s)");
   line("SIMD targets", joined(info["simd_targets"]));
   line("SIMD used", std::string(simd_target()) + " (limit it by GDN_SIMD)");
+  line("bf16 products", std::string(pair_backend()) + " (choose by GDN_BF16)");
   line("threads", num_threads());
   return 0;
 }

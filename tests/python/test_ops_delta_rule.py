@@ -403,6 +403,24 @@ def test_low_precision(dtype):
     assert (s.double() - expected_s).norm() < max(tolerance / 10, 1e-5) * expected_s.norm()
 
 
+@pytest.mark.parametrize("K", [24, 32])  # one of which may be multiplied as bf16
+def test_bfloat16_gradients(K):
+    names = ("q", "k", "v", "g", "beta", "initial_state")
+    x = {name: t.detach() for name, t in inputs(T=70, K=K, V=32).items()}
+    x = {name: t.bfloat16() if name in ("q", "k", "v") else t.float() for name, t in x.items()}
+    results = []
+    for f, dtype in ((gdn.chunk_gated_delta_rule, None), (loop, torch.float64)):
+        leaves = {name: x[name].to(dtype or x[name].dtype, copy=True).requires_grad_() for name in names}
+        (q, k, v), rest = ordered(leaves, "q", "k", "v")
+        o, s = f(q, k, v, **rest, **({"output_final_state": True} if dtype is None else {}))
+        weight = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).reshape(o.shape).bfloat16()
+        (o * weight.to(o.dtype)).sum().add(s.sin().sum()).backward()
+        results.append([o, s, *(leaf.grad for leaf in leaves.values())])
+    for name, got, expected in zip(("o", "s", *names), *results):
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < 6e-3, f"{name}: {error}"
+
+
 def test_compile_with_dynamic_shapes():
     def f(q, k, v, g, beta, initial_state, A_log, dt_bias):
         o, s = gdn.chunk_gated_delta_rule(

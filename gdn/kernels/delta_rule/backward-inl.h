@@ -18,15 +18,25 @@ namespace HWY_NAMESPACE {
 // retreat_state for each panel, which may also come before key_products if the gradient of the
 // state at the chunk's end is kept; head_grads. Before the first value head begin_keys, after the
 // last store_keys.
-template <typename T>
+template <typename T_, typename CoreType = Core<T_>>
 struct ChunkBackward {
-  ChunkBackward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
+  using T = T_;
+  struct Scope {
+    explicit Scope(const ChunkBackward&) {}
+  };
+  static Layout<T> layout(const DeltaRuleParams& params) { return Layout<T>(params); }
+
+  // `shared`: threads may work on different panels of a chunk at the same time.
+  ChunkBackward(const DeltaRuleParams& params, Carver& carve, [[maybe_unused]] bool shared = false)
+      : core(params, carve) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, W = L.W, V = L.panels * PW;
     values = carve.take<T>(V * W * C);
-    valuesT = carve.take<T>(V * W * C);
     xdo = carve.take<T>(V * 2 * C);
-    xdoT = carve.take<T>(V * 2 * C);
+    if (!CoreType::kPairs) {
+      valuesT = carve.take<T>(V * W * C);
+      xdoT = carve.take<T>(V * 2 * C);
+    }
     if (W == 2) d_v = carve.take<T>(V * C);
     if (params.beta != nullptr) {
       rests = carve.take<T>(V * C);
@@ -59,13 +69,37 @@ struct ChunkBackward {
     T* dk = sum_w + (core.L.W - 1) * half;
     if (x.erase == DeltaErase::kKey) add_scaled(half, sum_bq, T(1), sum_w);
     if (x.l2norm_qk) {
-      norm_grads(count, core.bq + half, core.q_norm, sum_bq + half);
-      norm_grads(count, core.key_rows(), core.k_norm, dk);
+      core.query_norm_grads(count, sum_bq + half);
+      core.key_norm_grads(count, dk);
     }
     store_rows(grads.dq, t, count, h, sum_bq + half);
     store_rows(grads.dk, t, count, h, dk);
     if (delta_rule::has_a(x.erase)) store_rows(grads.da, t, count, h, sum_bq);
     if (x.erase == DeltaErase::kSeparate) store_rows(grads.dp, t, count, h, sum_w);
+  }
+
+  // What advance needs of a chunk, but for the readers.
+  void begin_advance(const T* saved, int64_t t, size_t count, int64_t hv) {
+    core.load_keys(t, count, hv / core.L.group, /*with_readers=*/false);
+    core.load_gate(t, count, hv);
+    load_written(saved, t, count, hv);
+  }
+  // next = the state at the chunk's end, panel p.
+  void advance(size_t p, const T* state, T* next) {
+    const auto& L = core.L;
+    core.advance_state(p, values + p * L.W * L.C * L.PW, state, next);
+  }
+
+  // Calls of the prefetcher by key_products and retreat_state, and by advance for all panels.
+  size_t pauses() const {
+    const auto& L = core.L;
+    const size_t reads = 2 * L.C - L.first, tile = kTileRows * L.PW;
+    const size_t products = (L.W * L.C + reads) * L.Kp * L.panels / tile;
+    return std::max<size_t>(1, products + L.panels * L.Kp * reads / (kSub * kTileRows));
+  }
+  size_t advance_pauses() const {
+    const auto& L = core.L;
+    return L.panels * L.Kp * L.W * L.C / (kSub * kTileRows);
   }
 
   // The values the chunk wrote: U, and V behind it in the separate form. Where there is a beta,
@@ -88,15 +122,17 @@ struct ChunkBackward {
   }
 
   void prepare(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
-    const auto& x = core.x;
-    const auto& L = core.L;
-    const size_t half = L.C * L.PW;
     core.load_gate(t, count, hv);
     core.decay_readers();
     core.scores();
     load_written(saved, t, count, hv);
+    load_output_grads(grads, t, count, hv);
+  }
+  void load_output_grads(const DeltaRuleGrads& grads, int64_t t, size_t count, int64_t hv) {
+    const auto& L = core.L;
+    const size_t half = L.C * L.PW;
     if (grads.d_o != nullptr) {
-      core.load_values(x.dtype, grads.d_o, t, count, hv, xdo + half, 2 * half);
+      core.load_values(core.x.dtype, grads.d_o, t, count, hv, xdo + half, 2 * half);
     } else {
       for (size_t p = 0; p < L.panels; ++p) std::fill_n(xdo + (2 * p + 1) * half, half, T(0));
     }
@@ -158,6 +194,12 @@ struct ChunkBackward {
     }
     over_values(Kp, WC, ds, Kp * PW, valuesT, WC, writeT);
     over_values(Kp, 2 * C - first, s, Kp * PW, xdoT + first, 2 * C, readT + first);
+    end_gradient(s, ds);
+  }
+  // What the chunk's whole decay gets from the state it multiplies.
+  void end_gradient(const T* s, const T* ds) {
+    const auto& L = core.L;
+    const size_t Kp = L.Kp, PW = L.PW;
     if (core.x.gate == DeltaGate::kNone) return;
     const Tag<T> d;
     const T* end = core.end_decay();
@@ -198,7 +240,7 @@ struct ChunkBackward {
     add_scaled(L.W * L.C * L.Kp, d_w, T(1), sum_w);
   }
 
- private:
+ protected:
   void store_rows(void* dst, int64_t t, size_t count, int64_t h, const T* src) const {
     const auto& x = core.x;
     for (size_t i = 0; i < count; ++i) {
@@ -216,16 +258,6 @@ struct ChunkBackward {
     if (full == L.panels) return;
     gemm<Into::kAdd, false>(m, n, L.columns(full), a + full * a_step, PW, b + full * PW * ldb, ldb,
                             c, ldb);
-  }
-
-  // From the gradient of normalised rows y to that of the rows themselves.
-  void norm_grads(size_t count, const T* y, const T* factors, T* dy) const {
-    const size_t Kp = core.L.Kp;
-    for (size_t i = 0; i < count; ++i) {
-      T* g = dy + i * Kp;
-      add_scaled(Kp, y + i * Kp, -dot(Kp, y + i * Kp, g), g);
-      scale_rows<T>(1, Kp, g, nullptr, false, factors + i, g);
-    }
   }
 
   // From U without beta, and the gradient of U, one panel: beta's gradient in place of the latter.
@@ -254,8 +286,7 @@ struct ChunkBackward {
     for (size_t half = 0; half < L.W; ++half) {
       T* dw = d_w + half * C * Kp;
       scale_rows<T>(C, Kp, dw, core.Eh, L.channel, nullptr, dw);
-      for (size_t j = 0; j < C; ++j)
-        add_product(Kp, core.w + (half * C + j) * Kp, dw + j * Kp, d_end);
+      for (size_t j = 0; j < C; ++j) core.add_writer_product(half * C + j, dw + j * Kp, d_end);
     }
     for (size_t i = L.first; i < 2 * C; ++i) {
       core.apply_decay(i, core.f[i], dZ + i * WC);
@@ -265,6 +296,10 @@ struct ChunkBackward {
       T* dw = d_w + half * C * Kp;
       if (L.channel) {
         for (size_t r = 0; r < C; r += kSub) channel_grads(r, ws, dZ + half * C, dw);
+        continue;
+      }
+      if constexpr (CoreType::kPairs) {
+        core.score_grads(dZ, d_bq, dw);
         continue;
       }
       if (L.first == 0) {
@@ -394,12 +429,12 @@ struct ChunkBackward {
       return;
     }
     for (size_t i = 0; i < C; ++i) {
-      dG[i] = dot(Kp, core.bq + (C + i) * Kp, d_bq + (C + i) * Kp);
+      dG[i] = core.dot_reader(C + i, d_bq + (C + i) * Kp);
       if (L.first == 0 && i + shift < C) {
-        dG[i] += dot(Kp, core.bq + (i + shift) * Kp, d_bq + (i + shift) * Kp);
+        dG[i] += core.dot_reader(i + shift, d_bq + (i + shift) * Kp);
       }
     }
-    for (size_t i = 0; i < WC; ++i) dG[i % C] -= dot(Kp, core.w + i * Kp, d_w + i * Kp);
+    for (size_t i = 0; i < WC; ++i) dG[i % C] -= core.dot_writer(i, d_w + i * Kp);
     for (size_t c = 0; c < Kp; ++c) dG[C - 1] += d_end[c];
     for (size_t i = C - 1; i > 0; --i) dG[i - 1] += dG[i];
     for (size_t i = 0; i < count; ++i) dg[(t + i) * x.HV + hv] = dG[i];
@@ -414,21 +449,22 @@ struct ChunkBackward {
   }
 
  public:
-  Core<T> core;
+  CoreType core;
   T* values;  // [panels][W C][PW] what the chunk wrote
 
- private:
-  T *valuesT, *xdo, *xdoT;  // [V][W C]; [panels][2C][PW] X and dO; [V][2C]
-  T* d_v = nullptr;         // [panels][C][PW] separate form: gradient of V (else it is X)
-  T* rests = nullptr;       // [panels][C][PW] values without beta
-  T* d_betas = nullptr;     // [panels][C][PW] gradient of beta per value channel
-  T* d_beta = nullptr;      // [panels][C] its sum over a panel
-  T* dZ;                    // [2C][W C]
-  T *readT, *writeT;        // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
-  T *d_bq, *d_w;            // [2C][Kp], [W C][Kp]
-  T *d_end, *dG;            // [Kp], [C] or [C][Kp]
-  T *sum_bq, *sum_w;        // d_bq, d_w over the value heads of the group
-  T* tmp;                   // [C][Kp]
+ protected:
+  T* xdo;                                 // [panels][2C][PW] X and dO
+  T *valuesT = nullptr, *xdoT = nullptr;  // [V][W C]; [V][2C]
+  T* d_v = nullptr;      // [panels][C][PW] separate form: gradient of V (else it is X)
+  T* rests = nullptr;    // [panels][C][PW] values without beta
+  T* d_betas = nullptr;  // [panels][C][PW] gradient of beta per value channel
+  T* d_beta = nullptr;   // [panels][C] its sum over a panel
+  T* dZ;                 // [2C][W C]
+  T *readT, *writeT;     // [Kp][2C]: S0 (X, dO)^T; [Kp][W C]: dS1 values^T
+  T *d_bq, *d_w;         // [2C][Kp], [W C][Kp]
+  T *d_end, *dG;         // [Kp], [C] or [C][Kp]
+  T *sum_bq, *sum_w;     // d_bq, d_w over the value heads of the group
+  T* tmp;                // [C][Kp]
 };
 
 }  // namespace HWY_NAMESPACE

@@ -33,8 +33,9 @@ const T* state_before(const DeltaRuleParams& x, const T* saved, int64_t saved_of
 }
 
 // One thread on some key heads of a sequence.
-template <typename T>
+template <typename Chunk>
 struct BackwardByHead {
+  using T = typename Chunk::T;
   BackwardByHead(const DeltaRuleParams& params, int64_t heads, Carver& carve) : ctx(params, carve) {
     const auto& L = ctx.core.L;
     per_segment = delta_rule::segment(params) / L.C;
@@ -48,6 +49,7 @@ struct BackwardByHead {
     auto& core = ctx.core;
     const auto& x = core.x;
     const auto& L = core.L;
+    const typename Chunk::Scope scope(ctx);
     const int64_t C = L.C, group = L.group, size = x.K * x.V, first = h0 * group;
     const auto range = delta_rule::sequence_range(x, n);
     const int64_t tokens = range.end - range.begin, segment = delta_rule::segment(x);
@@ -88,7 +90,7 @@ struct BackwardByHead {
                         int64_t end, int64_t hv, int64_t i) {
     auto& core = ctx.core;
     const auto& L = core.L;
-    const int64_t C = L.C, h = hv / L.group;
+    const int64_t C = L.C;
     core.load_state(start, state(i, 0));
     int64_t c = 0;
     for (int64_t t = begin; t + C < end; t += C, ++c) {
@@ -99,12 +101,10 @@ struct BackwardByHead {
       } else {
         expect(saved, grads, t + C, left, hv);
       }
-      core.load_keys(t, C, h, /*readers=*/false);
-      core.load_gate(t, C, hv);
-      ctx.load_written(saved, t, C, hv);
+      ctx.begin_advance(saved, t, C, hv);
       for (size_t p = 0; p < L.panels; ++p) {
-        core.advance_state(p, ctx.values + p * L.W * L.C * L.PW, state(i, c) + p * L.Kp * L.PW,
-                           state(i, c + 1) + p * L.Kp * L.PW);
+        const size_t at = p * L.Kp * L.PW;
+        ctx.advance(p, state(i, c) + at, state(i, c + 1) + at);
       }
     }
   }
@@ -133,18 +133,15 @@ struct BackwardByHead {
   void expect(const T* saved, const DeltaRuleGrads& grads, int64_t t, size_t n, int64_t hv) {
     auto& core = ctx.core;
     const auto& x = core.x;
-    const auto& L = core.L;
-    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, hv / L.group);
+    const int64_t h = hv / core.L.group;
+    for (const void* keys : {x.q, x.k, x.a, x.p}) core.expect_keys(keys, t, n, h);
     for (const void* keys : {grads.dq, grads.dk, grads.da, grads.dp}) {
-      core.expect_keys(keys, t, n, hv / L.group);
+      core.expect_keys(keys, t, n, h);
     }
     core.expect_values(x.dtype, grads.d_o, t, n, hv);
     core.expect_values(x.dtype, grads.dv, t, n, hv);
     expect_written(saved, t, n, hv);
-    // Blocks of tiles in key_products and retreat_state.
-    const size_t reads = 2 * L.C - L.first, tile = kTileRows * L.PW;
-    const size_t products = (L.W * L.C + reads) * L.Kp * L.panels / tile;
-    core.ahead.spread(std::max<size_t>(1, products + L.panels * L.Kp * reads / (kSub * kTileRows)));
+    core.ahead.spread(ctx.pauses());
   }
   // What recomputing the state after the chunk of n tokens from t will touch.
   void expect_recompute(const T* saved, int64_t t, size_t n, int64_t hv) {
@@ -152,8 +149,7 @@ struct BackwardByHead {
     const auto& x = core.x;
     for (const void* keys : {x.k, x.p}) core.expect_keys(keys, t, n, hv / core.L.group);
     expect_written(saved, t, n, hv);
-    const auto& L = core.L;
-    core.ahead.spread(L.panels * L.Kp * L.W * L.C / (kSub * kTileRows));
+    core.ahead.spread(ctx.advance_pauses());
   }
   void expect_written(const T* saved, int64_t t, size_t n, int64_t hv) {
     auto& core = ctx.core;
@@ -163,19 +159,20 @@ struct BackwardByHead {
     if (x.erase != DeltaErase::kNone) core.expect_values(kDTypeOf<T>, saved, t, n, hv);
   }
 
-  ChunkBackward<T> ctx;
+  Chunk ctx;
   int64_t per_segment;   // chunks per segment
   T *states, *d_states;  // [heads][per_segment] states of a segment; [heads]
 };
 
 // All threads on one key head: what belongs to a chunk alone is shared out by chunks, the
 // recurrence of the states by panels of values.
-template <typename T>
+template <typename Chunk>
 struct BackwardTogether {
+  using T = typename Chunk::T;
   BackwardTogether(const DeltaRuleParams& params, Carver& carve)
-      : x(params), L(params), max_chunks(kTogetherTokens / L.C) {
+      : x(params), L(Chunk::layout(params)), max_chunks(kTogetherTokens / L.C) {
     chunks.reserve(max_chunks);
-    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve);
+    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve, /*shared=*/true);
     states = carve.take<T>(max_chunks * L.state_size());
     d_chain = carve.take<T>((max_chunks + 1) * L.state_size());
     d_states = carve.take<T>(L.group * L.state_size());
@@ -204,6 +201,7 @@ struct BackwardTogether {
       const int64_t count = (end - begin + C - 1) / C;
       const auto by_chunk = [&](auto f) {
         parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+          const typename Chunk::Scope scope(chunks[0]);
           for (int64_t c = from; c < to; ++c) {
             f(chunks[c], c, begin + c * C, std::min(C, end - begin - c * C));
           }
@@ -211,16 +209,17 @@ struct BackwardTogether {
       };
       for (int64_t i = 0; i < group; ++i) {
         const int64_t hv = first + i;
-        by_chunk([&](ChunkBackward<T>& ctx, int64_t, int64_t t, int64_t left) {
+        by_chunk([&](Chunk& ctx, int64_t, int64_t t, int64_t left) {
           if (i == 0) ctx.begin_keys(t, left, h);
           ctx.prepare(saved, grads, t, left, hv);
         });
         parallel_for(0, L.panels, 1, [&](int64_t from, int64_t to) {
+          const typename Chunk::Scope scope(chunks[0]);
           for (int64_t p = from; p < to; ++p) {
             panel(p, saved, saved_offset, n, hv, i, tokens, done, count);
           }
         });
-        by_chunk([&](ChunkBackward<T>& ctx, int64_t c, int64_t t, int64_t left) {
+        by_chunk([&](Chunk& ctx, int64_t c, int64_t t, int64_t left) {
           ctx.key_products(states + c * L.state_size(), d_chain + (c + 1) * L.state_size());
           ctx.head_grads(grads, t, left, hv);
           if (i + 1 == group) ctx.store_keys(grads, t, left, h);
@@ -245,8 +244,7 @@ struct BackwardTogether {
         const T* from = state_before(x, saved, saved_offset, n, hv, tokens, done + c * C);
         load_panel(from, p, s + at);
       } else {
-        auto& before = chunks[c - 1];
-        before.core.advance_state(p, before.values + p * L.W * C * L.PW, s - size + at, s + at);
+        chunks[c - 1].advance(p, s - size + at, s + at);
       }
     }
     T* d_last = d_states + i * size + at;
@@ -269,7 +267,7 @@ struct BackwardTogether {
   const DeltaRuleParams& x;
   const Layout<T> L;
   const int64_t max_chunks;  // between two waits of the threads for each other
-  std::vector<ChunkBackward<T>> chunks;
+  std::vector<Chunk> chunks;
   T *states, *d_chain, *d_states;  // [max_chunks], [max_chunks + 1], [group] states
 };
 

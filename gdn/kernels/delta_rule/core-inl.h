@@ -157,19 +157,20 @@ class Prefetcher {
 template <typename T>
 struct Layout {
   explicit Layout(const DeltaRuleParams& x)
-      : C(delta_rule::chunk_size(x)),
+      : Layout(x, delta_rule::chunk_size(x), panel_width<T>(), std::max<size_t>(lanes<T>(), 8)) {}
+  // With chunks of C tokens, panels of PW columns, and keys padded to multiples of `unit`.
+  Layout(const DeltaRuleParams& x, size_t chunk, size_t panel, size_t unit)
+      : C(chunk),
         K(x.K),
         V(x.V),
-        PW(panel_width<T>()),
+        PW(panel),
         panels((V + PW - 1) / PW),
         W(x.erase == DeltaErase::kSeparate ? 2 : 1),
         group(x.HV / x.H),
         channel(x.gate == DeltaGate::kChannel),
         old_state(x.erase == DeltaErase::kSeparate),
-        first(x.erase == DeltaErase::kNone ? C : 0) {
-    const size_t unit = std::max<size_t>(lanes<T>(), 8);
-    Kp = (K + unit - 1) / unit * unit;
-  }
+        first(x.erase == DeltaErase::kNone ? C : 0),
+        Kp((K + unit - 1) / unit * unit) {}
   size_t valid(size_t p) const { return std::min(PW, V - p * PW); }
   size_t columns(size_t p) const { return (valid(p) + lanes<T>() - 1) / lanes<T>() * lanes<T>(); }
   size_t state_size() const { return panels * Kp * PW; }
@@ -188,13 +189,20 @@ struct Layout {
 // to know n.
 template <typename T>
 struct Core {
-  Core(const DeltaRuleParams& params, Carver& carve) : x(params), L(params) {
+  static constexpr bool kPairs = false;
+
+  Core(const DeltaRuleParams& params, Carver& carve) : Core(params, Layout<T>(params), carve) {}
+  // Without `keys` there are tables, values and states only.
+  Core(const DeltaRuleParams& params, const Layout<T>& layout, Carver& carve, bool keys = true)
+      : x(params), L(layout) {
     const size_t C = L.C, Kp = L.Kp, W = L.W, table = L.channel ? Kp : 1;
-    bq = carve.take<T>(2 * C * Kp);
-    w = x.erase == DeltaErase::kKey ? bq : carve.take<T>(W * C * Kp);
-    wT = carve.take<T>(W * C * Kp);
-    bqE = carve.take<T>(2 * C * Kp);
-    wEh = carve.take<T>(W * C * Kp);
+    if (keys) {
+      bq = carve.take<T>(2 * C * Kp);
+      w = x.erase == DeltaErase::kKey ? bq : carve.take<T>(W * C * Kp);
+      wT = carve.take<T>(W * C * Kp);
+      bqE = carve.take<T>(2 * C * Kp);
+      wEh = carve.take<T>(W * C * Kp);
+    }
     Z = carve.take<T>(2 * C * W * C);
     e = carve.take<T>(C * table);
     E = carve.take<T>((C + 1) * table);
@@ -279,7 +287,7 @@ struct Core {
     } else {
       scalar_tables();
     }
-    for (size_t s = 0; s < L.W; ++s) {
+    for (size_t s = 0; s < L.W && w != nullptr; ++s) {
       scale_rows<T>(C, Kp, w + s * C * Kp, Eh, L.channel, nullptr, wEh + s * C * Kp);
     }
   }
@@ -398,6 +406,10 @@ struct Core {
       gemm<Into::kSet, false>(kSub, r, Kp, sub_bq + kSub * Kp, Kp, sub_wT, C, out + (C + r) * ld,
                               ld);
     }
+    diagonal_scores(r, ws, out);
+  }
+  void diagonal_scores(size_t r, const T* ws, T* out) {
+    const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
     const Tag<T> d;
     for (size_t j = r; j < r + kSub; ++j) {
       std::copy_n(ws + j * Kp, Kp, run);
@@ -527,15 +539,32 @@ struct Core {
     }
     for (size_t i = 0; i < L.K && src != nullptr; ++i) {
       for (size_t p = 0; p < L.panels; ++p) {
-        std::copy_n(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
+        copy_row(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
       }
     }
   }
   void store_state(const T* state, T* dst) const {
     for (size_t i = 0; i < L.K; ++i) {
       for (size_t p = 0; p < L.panels; ++p) {
-        std::copy_n(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
+        copy_row(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
       }
+    }
+  }
+
+  // Products of rows with reader i and write key i.
+  T dot_reader(size_t i, const T* y) const { return dot(L.Kp, bq + i * L.Kp, y); }
+  T dot_writer(size_t i, const T* y) const { return dot(L.Kp, w + i * L.Kp, y); }
+  void add_writer_product(size_t i, const T* y, T* sum) const {
+    add_product(L.Kp, w + i * L.Kp, y, sum);
+  }
+  // From the gradients of n normalised queries or keys to those of the rows themselves.
+  void query_norm_grads(size_t n, T* dy) const { norm_grads(n, bq + L.C * L.Kp, q_norm, dy); }
+  void key_norm_grads(size_t n, T* dy) const { norm_grads(n, key_rows(), k_norm, dy); }
+  void norm_grads(size_t count, const T* y, const T* factors, T* dy) const {
+    for (size_t i = 0; i < count; ++i) {
+      T* g = dy + i * L.Kp;
+      add_scaled(L.Kp, y + i * L.Kp, -dot(L.Kp, y + i * L.Kp, g), g);
+      scale_rows<T>(1, L.Kp, g, nullptr, false, factors + i, g);
     }
   }
 
@@ -557,11 +586,12 @@ struct Core {
   const DeltaRuleParams& x;
   const Layout<T> L;
   Prefetcher ahead;
-  T* bq;          // [2C][Kp] erase keys, then queries
-  T *w, *wT;      // [W][C][Kp] write keys (merged with a = k: the erase keys), [Kp][C] one of them
-                  // transposed
-  T *bqE, *wEh;   // the same with decays from the chunk's start, to its end; bqE with the factors f
-  T* Z;           // [2C][W C] scores
+  T* bq = nullptr;                   // [2C][Kp] erase keys, then queries
+  T *w = nullptr, *wT = nullptr;     // [W][C][Kp] write keys (merged with a = k: the erase keys),
+                                     // [Kp][C] one of them transposed
+  T *bqE = nullptr, *wEh = nullptr;  // the same with decays from the chunk's start, to its end; bqE
+                                     // with the factors f
+  T* Z;                              // [2C][W C] scores
   T *e, *E, *Eh;  // decay of each token; product up to token i in row i+1; product after token i
   T* D;           // [C][C] product over j+1..i, scalar gate only
   T *f, *beta;    // [2C] row factors: -1 or (separate) +1 for the erase, scale for queries; [C]

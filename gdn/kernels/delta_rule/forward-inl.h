@@ -18,9 +18,17 @@ namespace gdn {
 namespace HWY_NAMESPACE {
 
 // One chunk of one value head: prepare; panel for each panel; store.
-template <typename T>
+template <typename T_>
 struct ChunkForward {
-  ChunkForward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
+  using T = T_;
+  struct Scope {  // of a thread that works on chunks
+    explicit Scope(const ChunkForward&) {}
+  };
+  static Layout<T> layout(const DeltaRuleParams& params) { return Layout<T>(params); }
+
+  // `shared`: threads may work on different panels of a chunk at the same time.
+  ChunkForward(const DeltaRuleParams& params, Carver& carve, [[maybe_unused]] bool shared = false)
+      : core(params, carve) {
     const auto& L = core.L;
     outputs = carve.take<T>(L.panels * L.C * L.PW);
     values = carve.take<T>(L.panels * L.W * L.C * L.PW);
@@ -105,8 +113,9 @@ struct ChunkForward {
 };
 
 // One thread on some value heads of a sequence.
-template <typename T>
+template <typename Chunk>
 struct ForwardByHead {
+  using T = typename Chunk::T;
   ForwardByHead(const DeltaRuleParams& params, int64_t heads, Carver& carve) : ctx(params, carve) {
     states = carve.take<T>(heads * ctx.core.L.state_size());
   }
@@ -117,6 +126,7 @@ struct ForwardByHead {
     auto& core = ctx.core;
     const auto& x = core.x;
     const auto& L = core.L;
+    const typename Chunk::Scope scope(ctx);
     const int64_t C = L.C, size = x.K * x.V;
     const auto range = delta_rule::sequence_range(x, n);
     const int64_t segment = delta_rule::segment(x);
@@ -157,18 +167,19 @@ struct ForwardByHead {
  private:
   T* state(int64_t i) const { return states + i * ctx.core.L.state_size(); }
 
-  ChunkForward<T> ctx;
+  Chunk ctx;
   T* states;  // [heads][panels][Kp][PW]
 };
 
 // All threads on one value head: what belongs to a chunk alone is shared out by chunks, the
 // recurrence of the states by panels of values.
-template <typename T>
+template <typename Chunk>
 struct ForwardTogether {
+  using T = typename Chunk::T;
   ForwardTogether(const DeltaRuleParams& params, Carver& carve)
-      : x(params), L(params), max_chunks(kTogetherTokens / L.C) {
+      : x(params), L(Chunk::layout(params)), max_chunks(kTogetherTokens / L.C) {
     chunks.reserve(max_chunks);
-    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve);
+    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve, /*shared=*/true);
     state = carve.take<T>(L.state_size());
   }
 
@@ -200,6 +211,7 @@ struct ForwardTogether {
     while (true) {  // stores one span and prepares the next, then takes the states through it
       const Span next = span_from(span.end, range.end);
       parallel_for(0, std::max(span.chunks, next.chunks), 1, [&](int64_t from, int64_t to) {
+        const typename Chunk::Scope scope(chunks[0]);
         for (int64_t c = from; c < to; ++c) {
           if (c < span.chunks) chunks[c].store(out, span.begin + c * C, rows(span, c), h);
           if (c < next.chunks) chunks[c].prepare(next.begin + c * C, rows(next, c), h);
@@ -208,6 +220,7 @@ struct ForwardTogether {
       if (next.chunks == 0) break;
       span = next;
       parallel_for(0, L.panels, 1, [&](int64_t from, int64_t to) {
+        const typename Chunk::Scope scope(chunks[0]);
         for (int64_t p = from; p < to; ++p) panel(p, out, span, range, h, saved_offset);
       });
     }
@@ -235,7 +248,7 @@ struct ForwardTogether {
   const DeltaRuleParams& x;
   const Layout<T> L;
   const int64_t max_chunks;  // between two waits of the threads for each other
-  std::vector<ChunkForward<T>> chunks;
+  std::vector<Chunk> chunks;
   T* state;  // [panels][Kp][PW]
 };
 

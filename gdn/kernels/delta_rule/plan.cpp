@@ -6,6 +6,7 @@
 
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/delta_rule/common.h"
+#include "gdn/kernels/simd/pairs.h"
 
 namespace gdn::delta_rule {
 namespace {
@@ -73,6 +74,11 @@ Plan make_plan(const DeltaRuleParams& x, int64_t heads, size_t bytes, size_t pan
 }
 
 }  // namespace
+
+bool by_pairs(const DeltaRuleParams& x) {
+  return x.dtype == DType::kBF16 && x.erase != DeltaErase::kSeparate && x.K % 16 == 0 &&
+         x.V % 16 == 0 && x.chunk_size != 16 && pair_kernels() != nullptr;
+}
 
 Plan forward_plan(const DeltaRuleParams& x, size_t panels, size_t state_bytes) {
   return make_plan(x, x.HV, state_bytes, panels, 0.8);

@@ -22,6 +22,15 @@ struct Plan {
   bool together = false;    // all threads on one head at a time, tasks one after the other
 };
 
+// Whether bf16 inputs are multiplied as bf16 (simd/pairs.h), not converted to fp32.
+bool by_pairs(const DeltaRuleParams& params);
+void pair_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out);
+void pair_backward(const DeltaRuleParams& params, const void* saved, const DeltaRuleGrads& grads);
+// Tokens per chunk then.
+inline int64_t pair_chunk_size(const DeltaRuleParams& params) {
+  return params.chunk_size != 0 ? params.chunk_size : 32;
+}
+
 // Value heads forward, key heads backward; `panels` of values and `state_bytes` of one value head.
 Plan forward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);
 Plan backward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);

@@ -205,6 +205,7 @@ template <typename T>
 struct RowFactors {
   const T* s;
   HWY_INLINE hn::Vec<Tag<T>> at(size_t i, size_t) const { return hn::Set(Tag<T>(), s[i]); }
+  HWY_INLINE RowFactors from(size_t i, size_t) const { return {s + i}; }
 };
 template <typename T>
 struct ElementFactors {
@@ -213,6 +214,7 @@ struct ElementFactors {
   HWY_INLINE hn::Vec<Tag<T>> at(size_t i, size_t j) const {
     return hn::LoadU(Tag<T>(), s + i * ld + j);
   }
+  HWY_INLINE ElementFactors from(size_t i, size_t j) const { return {s + i * ld + j, ld}; }
 };
 
 template <size_t kVectors, bool kUpper, typename T, class Factors>
