@@ -54,6 +54,7 @@ def calls(T: int) -> dict[str, Call]:
         "fused_recurrent_simple_gla": (ops.fused_recurrent_simple_gla, (*x, g), state | dict(reverse=True)),
         "chunk_gla": (ops.chunk_gla, (*x, gk), state),
         "fused_recurrent_gla": (ops.fused_recurrent_gla, (*x, gk), state),
+        "fused_recurrent_gla per value": (ops.fused_recurrent_gla, (*x, gk, decays(B, T, HV, V)), state),
         "chunk_retention": (ops.chunk_retention, same, {}),
         "fused_recurrent_retention": (ops.fused_recurrent_retention, same, {}),
         "chunk_linear_attn": (ops.chunk_linear_attn, same, dict(normalize=True)),
@@ -122,7 +123,7 @@ def compare_compiled(name: str, backend: str) -> None:
         return tuple(tensors_of(op(*args, **kwargs)))
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
-    for T in (5, 18):
+    for T in (2, 3) if name.endswith("per value") else (5, 18):  # a call per token, where data decide
         _, args, kwargs = calls(T)[name]
         with torch.set_grad_enabled(not in_place):
             if in_place:
