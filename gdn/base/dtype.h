@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Element types of the torch-free kernels and of files. bf16 and fp16 are storage types: kernels
-// read them into fp32, accumulate there, and round to nearest even on store.
+// read them into fp32 (some multiply bf16: simd/pairs.h), add up there, round to even on store.
 #pragma once
 
 #include <bit>

@@ -317,30 +317,50 @@ struct ChunkBackward {
     const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
     const Tag<T> d;
     const T* query_dz = dz + C * ld;
-    if (r > 0) {
-      core.decay_sub_block(r, core.bq, ws);
+    core.decay_sub_block(r, core.bq, ws);
+    const bool factors = core.divide_sub_block(r, ws);
+    const size_t n = factors ? r + kSub : r;
+    if (n > 0) {
       const T* sub_q = core.sub_bq + kSub * Kp;
       if (L.first == 0) {
-        gemm<Into::kSet, false>(kSub, Kp, r, dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
+        gemm<Into::kSet, false>(kSub, Kp, n, dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
         add_decayed_rows(r, L.old_state, tmp, d_bq + r * Kp);
       }
-      gemm<Into::kSet, false>(kSub, Kp, r, query_dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
+      gemm<Into::kSet, false>(kSub, Kp, n, query_dz + r * ld, ld, core.sub_w, Kp, tmp, Kp);
       add_decayed_rows(r, false, tmp, d_bq + (C + r) * Kp);
-      gemm<Into::kSet, true>(r, Kp, kSub, query_dz + r * ld, ld, sub_q, Kp, tmp, Kp);
+      gemm<Into::kSet, true>(n, Kp, kSub, query_dz + r * ld, ld, sub_q, Kp, tmp, Kp);
       if (L.first == 0)
-        gemm<Into::kAdd, true>(r, Kp, kSub, dz + r * ld, ld, core.sub_bq, Kp, tmp, Kp);
-      for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
-        auto decay = hn::Set(d, T(1));
-        for (size_t j = r; j-- > 0;) {
-          const auto sum =
-              hn::MulAdd(decay, hn::Load(d, tmp + j * Kp + c), hn::Load(d, dw + j * Kp + c));
-          hn::Store(sum, d, dw + j * Kp + c);
-          decay = hn::Mul(decay, hn::Load(d, core.e + j * Kp + c));
-        }
-      }
+        gemm<Into::kAdd, true>(n, Kp, kSub, dz + r * ld, ld, core.sub_bq, Kp, tmp, Kp);
+      add_to_writers(r, n, dw);
     }
+    if (factors) return;
     for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
       for (size_t j = r; j < r + kSub; ++j) diagonal_grads(j, r + kSub, c, ws, dz, dw);
+    }
+  }
+
+  // dw_j += (e_j+1 .. e_r-1) * tmp_j for j < r, and tmp_j / (e_r .. e_j) for r <= j < n.
+  void add_to_writers(size_t r, size_t n, T* dw) const {
+    const size_t Kp = core.L.Kp;
+    const Tag<T> d;
+    const auto add = [&](size_t j, size_t c, hn::Vec<Tag<T>> factor) HWY_ATTR {
+      T* row = dw + j * Kp + c;
+      hn::Store(hn::MulAdd(factor, hn::Load(d, tmp + j * Kp + c), hn::Load(d, row)), d, row);
+    };
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      auto decay = hn::Set(d, T(1));
+      for (size_t j = r; j-- > 0;) {
+        add(j, c, decay);
+        decay = hn::Mul(decay, hn::Load(d, core.e + j * Kp + c));
+      }
+      if (n == r) continue;
+      decay = hn::Load(d, core.e + r * Kp + c);
+      for (size_t j = r + 1; j < n; ++j) decay = hn::Mul(decay, hn::Load(d, core.e + j * Kp + c));
+      auto inverse = hn::Div(hn::Set(d, T(1)), decay);
+      for (size_t j = n; j-- > r;) {
+        add(j, c, inverse);
+        inverse = hn::Mul(inverse, hn::Load(d, core.e + j * Kp + c));
+      }
     }
   }
 

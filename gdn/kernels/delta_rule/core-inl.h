@@ -393,20 +393,22 @@ struct Core {
   }
 
   // Rows r..r+15 of both halves against write keys 0..r+15. Left of the diagonal block the decay
-  // factors at r: (e_r .. e_i) times (e_j+1 .. e_r-1); inside it the products are carried along
-  // directly.
+  // factors at r: (e_r .. e_i) times (e_j+1 .. e_r-1). Inside it the second factor is one over
+  // (e_r .. e_j); where that would be large, the products are carried along directly.
   void channel_scores(size_t r, const T* ws, T* out) {
     const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
-    if (r > 0) {
-      decay_sub_block(r, bq, ws);
-      transpose(r, Kp, sub_w, Kp, sub_wT, C);
+    decay_sub_block(r, bq, ws);
+    const bool factors = divide_sub_block(r, ws);
+    const size_t n = factors ? r + kSub : r;
+    if (n > 0) {
+      transpose(n, Kp, sub_w, Kp, sub_wT, C);
       if (L.first == 0) {
-        gemm<Into::kSet, false>(kSub, r, Kp, sub_bq, Kp, sub_wT, C, out + r * ld, ld);
+        gemm<Into::kSet, false>(kSub, n, Kp, sub_bq, Kp, sub_wT, C, out + r * ld, ld);
       }
-      gemm<Into::kSet, false>(kSub, r, Kp, sub_bq + kSub * Kp, Kp, sub_wT, C, out + (C + r) * ld,
+      gemm<Into::kSet, false>(kSub, n, Kp, sub_bq + kSub * Kp, Kp, sub_wT, C, out + (C + r) * ld,
                               ld);
     }
-    diagonal_scores(r, ws, out);
+    if (!factors) diagonal_scores(r, ws, out);
   }
   void diagonal_scores(size_t r, const T* ws, T* out) {
     const size_t C = L.C, Kp = L.Kp, ld = L.W * C;
@@ -454,6 +456,26 @@ struct Core {
         decay = hn::Mul(decay, hn::Load(d, e + j * Kp + c));
       }
     }
+  }
+
+  // sub_w = (write keys from r on) over their decay since r. False where that is so small that its
+  // inverse, times what lies above the diagonal, could overflow.
+  bool divide_sub_block(size_t r, const T* ws) const {
+    const size_t Kp = L.Kp;
+    const Tag<T> d;
+    constexpr T kLeast = T(1e-12);
+    auto least = hn::Set(d, T(1));
+    for (size_t c = 0; c < Kp; c += hn::Lanes(d)) {
+      auto decay = hn::Load(d, e + r * Kp + c);
+      for (size_t i = r + 1; i < r + kSub; ++i) decay = hn::Mul(decay, hn::Load(d, e + i * Kp + c));
+      least = hn::Min(least, decay);
+      auto inverse = hn::Div(hn::Set(d, T(1)), hn::Max(decay, hn::Set(d, kLeast)));
+      for (size_t i = r + kSub; i-- > r;) {
+        hn::Store(hn::Mul(hn::Load(d, ws + i * Kp + c), inverse), d, sub_w + i * Kp + c);
+        inverse = hn::Mul(inverse, hn::Load(d, e + i * Kp + c));
+      }
+    }
+    return hn::AllTrue(d, hn::Ge(least, hn::Set(d, kLeast)));
   }
 
   // Rows [0, n) of values into panels, zero below: row i of panel p goes to dst + p * stride + i *

@@ -248,12 +248,13 @@ struct PairCore : Core<float> {
     }
   }
 
-  // Rows r.. of both halves against the write keys before them as a product, those of the diagonal
-  // block in fp32.
+  // See Core::channel_scores. The diagonal block stays in fp32: it has most of the weight where
+  // keys decay fast, and costs little.
   void channel_scores(size_t r) {
     const size_t C = L.C, Kp = L.Kp;
+    decay_sub_block(r, bq, w);
+    const bool factors = divide_sub_block(r, w);
     if (r > 0) {
-      decay_sub_block(r, bq, w);
       BFloat16* keys = sub + 2 * kSub * Kp;
       uint32_t* pairs = reinterpret_cast<uint32_t*>(sub_wT);
       kernels.round({2 * kSub, Kp, sub_bq, Kp}, sub, Kp);
@@ -264,7 +265,12 @@ struct PairCore : Core<float> {
             {kSub, r, Kp, sub + (half == 0 ? 0 : kSub * Kp), Kp, pairs, C, Z + (half + r) * C, C});
       }
     }
-    diagonal_scores(r, w, Z);
+    if (!factors) return diagonal_scores(r, w, Z);
+    transpose(kSub, Kp, sub_w + r * Kp, Kp, sub_wT, kSub);
+    for (size_t half = L.first; half < 2 * C; half += C) {
+      gemm<Into::kSet, false>(kSub, kSub, Kp, sub_bq + (half == 0 ? 0 : kSub * Kp), Kp, sub_wT,
+                              kSub, Z + (half + r) * C + r, C);
+    }
   }
 
   float dot_bf16(const BFloat16* row, const float* y) const {

@@ -264,7 +264,10 @@ const PairKernels* fastest() { return nullptr; }
 const PairKernels* find(std::string_view) { return nullptr; }
 #endif  // GDN_PAIRS_X86
 
-std::atomic<const PairKernels*> chosen{nullptr};
+// Stands for the default, which is looked up at the first use: Linux is asked for AMX's registers
+// only by processes that multiply bf16.
+constexpr PairKernels kDefault = {};
+std::atomic<const PairKernels*> chosen{&kDefault};
 
 const bool chosen_at_start = choose_pairs(std::getenv("GDN_BF16"));
 
@@ -276,7 +279,7 @@ bool choose_pairs(const char* name) {
     chosen = wanted == "off" ? nullptr : &kEmulated;
     return true;
   }
-  chosen = fastest();
+  chosen = &kDefault;
   if (wanted.empty() || wanted == "auto") return true;
   if (wanted != "amx" && wanted != "avx512") {
     std::fprintf(stderr,
@@ -295,6 +298,7 @@ bool choose_pairs(const char* name) {
 
 const PairKernels* pair_kernels() {
   const PairKernels* kernels = chosen.load(std::memory_order_relaxed);
+  if (kernels == &kDefault) kernels = fastest();
   if (kernels == nullptr || kernels->backend == PairBackend::kEmulated) return kernels;
   return std::strcmp(simd_target(), "avx512") == 0 ? kernels : nullptr;
 }
