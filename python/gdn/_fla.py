@@ -55,6 +55,8 @@ FUNCTIONS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("fla.modules.norm.layernorm", "group_norm_linear", _fla_ops.group_norm_linear),
     ("fla.modules.norm.fused_norm_gate", "rms_norm_gated", ops.rms_norm_gated),
     ("fla.modules.norm.fused_norm_gate", "layer_norm_gated", _fla_ops.layer_norm_gated),
+    ("fla.modules.norm.fused_norm_gate", "rms_norm_swish_gate_linear", _fla_ops.rms_norm_swish_gate_linear),
+    ("fla.modules.norm.fused_norm_gate", "layer_norm_swish_gate_linear", _fla_ops.layer_norm_swish_gate_linear),
     ("fla.modules.rotary.ops", "rotary_embedding", _fla_ops.rotary_embedding),
     ("fla.modules.activations.ops", "sigmoid", _fla_ops.sigmoid),
     ("fla.modules.activations.ops", "swish", _fla_ops.swish),

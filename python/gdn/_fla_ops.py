@@ -32,16 +32,23 @@ def _comba(
     use_qk_l2norm_in_kernel: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """u = beta (v - S^T p): the delta rule with an erase key of its own."""
+    """S <- exp(g) S + k u^T with u = beta (v - S^T p) from the state before its decay."""
     p = k if p is None else p
     check(op, q=q, k=k, v=v, p=p, g=g, beta=beta, initial_state=initial_state)
     if use_qk_l2norm_in_kernel:
         q, k, p = ops.l2norm(q), ops.l2norm(k), ops.l2norm(p)
+    groups = v.shape[2] // q.shape[2]
+    q, k, p = (t.repeat_interleave(groups, 2) for t in (q, k, p))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    tensors: dict[str, Tensor | None] = dict(q=q, k=k, v=v, a=p)
-    for name, t in (("g", g), ("beta", beta), ("initial_state", initial_state)):
-        tensors[name] = None if t is None else t.to(wide)
-    return run(op, _gdn.delta_rule, tensors, cu_seqlens, output_final_state, scale=scale, erase="own", form=form)
+    if beta is None:
+        beta = g.new_ones(g.shape)
+    strength = (beta if beta.dim() == 4 else beta[..., None]).to(wide)
+    if strength.shape[-1] != 1:
+        raise ValueError(f"[{op}] beta must be [B,T,HV], got {list(beta.shape)}")
+    tensors = dict(q=q, k=k, v=(strength * v).to(q.dtype), a=p, p=(-strength * k).to(q.dtype))
+    tensors["g"] = g.to(wide)[..., None].expand(*g.shape, k.shape[-1])
+    tensors["initial_state"] = None if initial_state is None else initial_state.to(wide)
+    return run(op, _gdn.delta_rule, tensors, cu_seqlens, output_final_state, scale=scale, erase="separate", form=form)
 
 
 def chunk_comba(
@@ -433,6 +440,41 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def swish(x: Tensor) -> Tensor:
     return F.silu(x)
+
+
+def layer_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    y, total = layer_norm_gated(x, g, norm_weight, norm_bias, "swish", residual, True, residual_in_fp32, eps)
+    y = F.linear(y.to(linear_weight.dtype), linear_weight, linear_bias)
+    return (y, total) if prenorm else y
+
+
+def rms_norm_swish_gate_linear(
+    x: Tensor,
+    g: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    residual: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    flags = dict(activation="swish", residual=residual, residual_in_fp32=residual_in_fp32, eps=eps)
+    y, total = ops.rms_norm_gated(x, g, norm_weight, norm_bias, prenorm=True, **flags)  # type: ignore[arg-type]
+    y = F.linear(y.to(linear_weight.dtype), linear_weight, linear_bias)
+    return (y, total) if prenorm else y
 
 
 def logsigmoid(x: Tensor, temperature: float = 1.0) -> Tensor:

@@ -63,7 +63,8 @@ gdn.register_fla_backend()
 import fla.models
 from fla.layers.gdn2 import GatedDeltaNet2
 from fla.layers.simple_gla import SimpleGatedLinearAttention
-from fla.ops import gdn2
+from fla.ops import comba, gdn2
+from fla.ops.comba.naive import naive_chunk_comba
 from fla.ops.gdn2.naive import naive_recurrent_gdn2
 
 torch.manual_seed(0)
@@ -113,6 +114,13 @@ g, b, w = -torch.rand(2, 40, 3, 8), torch.rand(2, 40, 3, 8), torch.rand(2, 40, 3
 for op in (gdn2.chunk_gdn2, gdn2.fused_recurrent_gdn2):
     expected = naive_recurrent_gdn2(q, k / 3, v, g, b, w, output_final_state=True)
     for a, e in zip(op(q, k / 3, v, g, b, w, output_final_state=True), expected):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+# Comba erases by the state before its decay, as fla's chunk form has it.
+p, decay, beta = torch.randn(2, 64, 3, 8) / 3, -torch.rand(2, 64, 3), torch.rand(2, 64, 3)
+q, k, v = (torch.randn(2, 64, 3, 8) for _ in range(3))
+for op in (comba.chunk_comba, comba.fused_recurrent_comba):
+    given = dict(q=q, k=k / 3, v=v, p=p, g=decay, beta=beta, scale=0.5, output_final_state=True)
+    for a, e in zip(op(**given), naive_chunk_comba(**given)):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 """
 
