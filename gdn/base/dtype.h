@@ -88,8 +88,8 @@ template <typename T>
 inline void store(T* p, Acc<T> x) {
   if constexpr (std::is_floating_point_v<T>) {
     *p = x;
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    *p = to_bf16(x);
+  } else if constexpr (std::is_base_of_v<BFloat16, T>) {
+    p->bits = to_bf16(x).bits;
   } else {
     *p = to_f16(x);
   }

@@ -190,11 +190,10 @@ struct Small {
   // Bytes per call that must come from and go to memory, and exponentials.
   int64_t read, written, read_backward, written_backward;
   double exps, exps_backward;
+  // Multiplications and multiply-adds per call beside the exponentials, which take the same units;
+  // an inverse counts as three.
+  double products, products_backward;
 };
-
-double bound(Ceilings& ceilings, int64_t read, int64_t written, double exps) {
-  return std::max(ceilings.memory_seconds(read, written), 1e-9 * exps / ceilings.exp());
-}
 
 void bench_small(Report& report, Ceilings& ceilings, const Options& options, int threads,
                  const Small& small) {
@@ -204,21 +203,23 @@ void bench_small(Report& report, Ceilings& ceilings, const Options& options, int
     for (size_t i = 0; i < small.differentiable; ++i) inputs[i].set_requires_grad(on);
   };
   const auto add = [&](const std::string& what, double seconds, double torch_seconds, int64_t read,
-                       int64_t written, double exps) {
-    const double least = bound(ceilings, read, written, exps);
+                       int64_t written, double exps, double products) {
+    const double memory = ceilings.memory_seconds(read, written);
+    const double exp = 1e-9 * exps / ceilings.exp(), least = std::max(memory, exp);
+    const double arithmetic = exp + 2e-9 * products / ceilings.fma();
     const double bytes = 1e-9 * static_cast<double>(read + written);
     Row row{small.name + what, threads, seconds, bytes / seconds, "GB/s"};
     row.ceiling = bytes / least;
-    row.extra = {
-        {"torch/ours", torch_seconds / seconds},
-        {"bound by", ceilings.memory_seconds(read, written) >= 0.999 * least ? "memory" : "exp"}};
+    row.extra = {{"torch/ours", torch_seconds / seconds},
+                 {"bound by", memory >= least ? "memory" : "exp"},
+                 {"of memory or arithmetic", std::max(memory, arithmetic) / seconds}};
     report.add(row);
   };
   set_grad(false);
   const std::vector<double> forward = median_seconds(
       std::vector<std::function<void()>>{[&] { small.ours(inputs); }, [&] { small.torch(inputs); }},
-      options.seconds);
-  add(" forward", forward[0], forward[1], small.read, small.written, small.exps);
+      options.seconds, /*warm=*/true);
+  add(" forward", forward[0], forward[1], small.read, small.written, small.exps, small.products);
   set_grad(true);
   const Tensors wanted(inputs.begin(), inputs.begin() + static_cast<long>(small.differentiable));
   const Tensor ours = small.ours(inputs), torch = small.torch(inputs);
@@ -228,9 +229,9 @@ void bench_small(Report& report, Ceilings& ceilings, const Options& options, int
   };
   const std::vector<double> back = median_seconds(
       std::vector<std::function<void()>>{[&] { backward(ours); }, [&] { backward(torch); }},
-      options.seconds);
+      options.seconds, /*warm=*/true);
   add(" backward", back[0], back[1], small.read_backward, small.written_backward,
-      small.exps_backward);
+      small.exps_backward, small.products_backward);
 }
 
 std::vector<Small> small_kernels(at::ScalarType dtype) {
@@ -266,7 +267,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   2 * bytes,
                   bytes,
                   elements,
-                  elements});
+                  elements,
+                  8 * elements,
+                  18 * elements});
   list.push_back({"RMS norm" + suffix,
                   {x, at::ones({kWidth})},
                   2,
@@ -277,7 +280,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   2 * bytes,
                   bytes,
                   0,
-                  0});
+                  0,
+                  3 * elements,
+                  8 * elements});
   list.push_back({"gated RMS norm of heads" + suffix,
                   {x.view(heads), at::ones({kHead}), z.view(heads)},
                   3,
@@ -288,7 +293,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   3 * bytes,
                   2 * bytes,
                   elements,
-                  elements});
+                  elements,
+                  8 * elements,
+                  17 * elements});
   list.push_back(
       {"L2 norm of heads" + suffix,
        {x.view(heads)},
@@ -300,7 +307,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
        2 * bytes,
        bytes,
        0,
-       0});
+       0,
+       2 * elements,
+       4 * elements});
   list.push_back({"SwiGLU" + suffix,
                   {x, z},
                   2,
@@ -311,7 +320,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   3 * bytes,
                   2 * bytes,
                   elements,
-                  elements});
+                  elements,
+                  5 * elements,
+                  8 * elements});
   // The gates' results are always fp32; softplus takes a logarithm beside the exponential.
   const int64_t gate_bytes = n * 4;
   list.push_back({"channel gate" + suffix,
@@ -328,7 +339,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   bytes + gate_bytes,
                   bytes,
                   2 * elements,
-                  3 * elements});
+                  3 * elements,
+                  elements,
+                  6 * elements});
   const int64_t logits = kRows * kVocab,
                 logit_bytes = logits * static_cast<int64_t>(c10::elementSize(dtype));
   list.push_back({"cross-entropy of 8192" + suffix,
@@ -343,6 +356,8 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   logit_bytes,
                   logit_bytes,
                   static_cast<double>(logits),
+                  static_cast<double>(logits),
+                  0,
                   static_cast<double>(logits)});
   return list;
 }

@@ -114,7 +114,7 @@ void use_threads(int64_t n) {
 }
 
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
-                                   double seconds) {
+                                   double seconds, bool warm) {
   std::vector<std::vector<double>> samples(functions.size());
   for (const auto& f : functions) f();
   const auto begin = Clock::now();
@@ -123,6 +123,7 @@ std::vector<double> median_seconds(const std::vector<std::function<void()>>& fun
   };
   while (samples[0].size() < 3 || elapsed(begin) < seconds) {
     for (size_t i = 0; i < functions.size(); ++i) {
+      if (warm) functions[i]();
       const auto start = Clock::now();
       functions[i]();
       samples[i].push_back(elapsed(start));

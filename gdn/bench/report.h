@@ -74,8 +74,10 @@ nlohmann::ordered_json version_info(const Options& options);
 void use_threads(int64_t n);
 
 // Median seconds of each function, called in turn for about `seconds` in all, at least 3 times.
+// `warm`: each is called once more before every call that counts, so that it finds in the caches
+// what it left there itself, as the ceilings do, and not what the function before it left.
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
-                                   double seconds);
+                                   double seconds, bool warm = false);
 double median_seconds(const std::function<void()>& function, double seconds);
 
 // The commands. Each returns the exit status.

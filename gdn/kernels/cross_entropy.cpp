@@ -18,22 +18,58 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-template <typename T>
-Acc<T> maximum(const T* x, int64_t n) {
-  using A = Acc<T>;
-  const hn::ScalableTag<A> d;
-  const int64_t lanes = hn::Lanes(d);
-  const A lowest = -std::numeric_limits<A>::infinity();
-  auto m0 = hn::Set(d, lowest), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    m0 = hn::Max(m0, load_as(d, x + i));
-    m1 = hn::Max(m1, load_as(d, x + i + lanes));
+// The largest of many numbers and the sum of exp(x - largest), lane by lane in one pass over them:
+// block by block, so that a block comes from L1 when its exponentials are summed.
+template <class D>
+struct LogSum {
+  using A = hn::TFromD<D>;
+  using V = hn::Vec<D>;
+  static constexpr int64_t kBlock = 1024;
+
+  explicit LogSum(D tag) : d(tag), largest(hn::Set(d, std::numeric_limits<A>::lowest())) {
+    for (V& s : sums) s = hn::Zero(d);
   }
-  A m = hn::GetLane(hn::MaxOfLanes(d, hn::Max(m0, m1)));
-  for (; i < n; ++i) m = std::max(m, load(x + i));
-  return m;
-}
+
+  // Takes numbers as long as there are whole vectors, and returns how many.
+  template <typename T>
+  int64_t add(const T* x, int64_t n) {
+    const int64_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+    for (int64_t begin = 0; begin < whole; begin += kBlock) {
+      const int64_t end = std::min(whole, begin + kBlock);
+      V m0 = largest, m1 = largest;
+      int64_t i = begin;
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        m0 = hn::Max(m0, load_as(d, x + i));
+        m1 = hn::Max(m1, load_as(d, x + i + lanes));
+      }
+      if (i < end) m0 = hn::Max(m0, load_as(d, x + i));
+      const V now = hn::Max(m0, m1), scale = exp_of(d, hn::Sub(largest, now));
+      for (V& s : sums) s = hn::Mul(s, scale);
+      largest = now;
+      const auto term = [&](int64_t k) HWY_ATTR {
+        __builtin_prefetch(x + k + kBlock);
+        return exp_of(d, hn::Sub(load_as(d, x + k), now));
+      };
+      i = begin;
+      for (; i + 2 * lanes <= end; i += 2 * lanes) {
+        sums[0] = hn::Add(sums[0], term(i));
+        sums[1] = hn::Add(sums[1], term(i + lanes));
+      }
+      if (i < end) sums[0] = hn::Add(sums[0], term(i));
+    }
+    return whole;
+  }
+
+  A max() const { return hn::GetLane(hn::MaxOfLanes(d, largest)); }
+  // The sum of exp(x - m).
+  A sum(A m) const {
+    const V scale = exp_of(d, hn::Sub(largest, hn::Set(d, m)));
+    return hn::GetLane(hn::SumOfLanes(d, hn::Mul(scale, hn::Add(sums[0], sums[1]))));
+  }
+
+  D d;
+  V largest, sums[2];
+};
 
 template <typename T>
 void forward(const CrossEntropyParams& p, Acc<T>* loss, Acc<T>* logsumexp) {
@@ -41,11 +77,12 @@ void forward(const CrossEntropyParams& p, Acc<T>* loss, Acc<T>* logsumexp) {
   parallel_for(0, p.rows, row_grain(4 * p.vocab), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
-      const A m = maximum(x, p.vocab);
-      const A sum = sum_lanes<A>(p.vocab, [&](auto d, int64_t i) HWY_ATTR {
-        return exp_of(d, hn::Sub(load_as(d, x + i), hn::Set(d, m)));
-      });
-      const A log = std::log(sum);
+      LogSum all(hn::ScalableTag<A>{});
+      LogSum rest(hn::CappedTag<A, 1>{});
+      const int64_t done = all.add(x, p.vocab);
+      rest.add(x + done, p.vocab - done);
+      const A m = std::max(all.max(), rest.max());
+      const A log = std::log(all.sum(m) + rest.sum(m));
       logsumexp[row] = m + log;
       const int64_t target = p.targets[row];
       // (m - x[target]) first: it is exact where it matters, m + log may have lost what the loss is
@@ -80,7 +117,7 @@ void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>
 }
 
 void cross_entropy_forward_any(const CrossEntropyParams& p, void* loss, void* logsumexp) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using A = Acc<decltype(t)>;
     forward<decltype(t)>(p, static_cast<A*>(loss), static_cast<A*>(logsumexp));
   });
@@ -88,7 +125,7 @@ void cross_entropy_forward_any(const CrossEntropyParams& p, void* loss, void* lo
 
 void cross_entropy_backward_any(const CrossEntropyParams& p, const void* logsumexp,
                                 const void* dloss, void* dlogits) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
     backward<T>(p, static_cast<const A*>(logsumexp), static_cast<const A*>(dloss),

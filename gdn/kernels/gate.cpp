@@ -85,9 +85,10 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
             dx = hn::Mul(hn::Mul(dx, slope), r);
             dlog = hn::Mul(dx, x);
           } else {
-            const auto slope = hn::IfThenElse(hn::Gt(x, hn::Set(d, 20)), one, sigmoid(d, x));
-            dx = hn::Neg(hn::Mul(hn::Mul(dx, slope), r));
-            dlog = hn::Neg(hn::Mul(hn::Mul(dlog, r), softplus(d, x)));
+            const auto soft = softplus_and_slope(d, x);
+            dlog = hn::Neg(hn::Mul(dlog, r));
+            dx = hn::Mul(dlog, soft.slope);
+            dlog = hn::Mul(dlog, soft.value);
           }
           store_as(d, dx, da + i);
           hn::StoreU(hn::Add(dlog, hn::LoadU(d, sum_log + i)), d, sum_log + i);
@@ -140,22 +141,22 @@ void beta_backward_t(const BetaParams& p, const Acc<T>* dbeta, T* db) {
 }
 
 void gate_forward_any(const GateParams& p, void* g) {
-  dispatch_dtype(
+  dispatch_storage(
       p.dtype, [&](auto t) { gate_forward_t<decltype(t)>(p, static_cast<Acc<decltype(t)>*>(g)); });
 }
 
 void gate_backward_any(const GateParams& p, const GateGrads& grads) {
-  dispatch_dtype(p.dtype, [&](auto t) { gate_backward_t<decltype(t)>(p, grads); });
+  dispatch_storage(p.dtype, [&](auto t) { gate_backward_t<decltype(t)>(p, grads); });
 }
 
 void beta_forward_any(const BetaParams& p, void* beta) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     beta_forward_t<decltype(t)>(p, static_cast<Acc<decltype(t)>*>(beta));
   });
 }
 
 void beta_backward_any(const BetaParams& p, const void* dbeta, void* db) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     beta_backward_t<T>(p, static_cast<const Acc<T>*>(dbeta), static_cast<T*>(db));
   });

@@ -7,6 +7,7 @@
 #include "gdn/kernels/norm.h"
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "gdn/base/check.h"
@@ -32,95 +33,205 @@ Acc<T> sum_of_squares(const T* x, int64_t dim) {
 }
 
 template <typename T>
-void forward(const NormParams& p, T* y, T* sum) {
+const T* row_of(const void* data, const RowLayout& layout, int64_t row, int64_t dim) {
+  return data == nullptr ? nullptr : static_cast<const T*>(data) + layout.offset(row, dim);
+}
+
+// While a long row is written, the reads of the next one would stop: they are asked for ahead.
+// Short rows are in flight several at a time anyway.
+inline constexpr int64_t kLongRow = 512;
+template <typename T>
+const T* next_row(const void* data, const RowLayout& layout, int64_t row, int64_t end,
+                  int64_t dim) {
+  return dim < kLongRow || row + 1 >= end ? nullptr : row_of<T>(data, layout, row + 1, dim);
+}
+template <typename T>
+HWY_INLINE void fetch(const T* row, int64_t i) {
+  if (row != nullptr) __builtin_prefetch(row + i, 0, 2);
+}
+
+// act(z) and its derivative, for sigmoid and for z * sigmoid(z).
+template <class V>
+struct Activation {
+  V value, slope;
+};
+template <class D, class V>
+HWY_INLINE Activation<V> activate(D d, V z, bool silu) {
+  const auto s = sigmoid(d, z), rest = hn::Sub(hn::Set(d, 1), s);
+  if (!silu) return {s, hn::Mul(s, rest)};
+  const auto v = hn::Mul(z, s);
+  return {v, hn::MulAdd(v, rest, s)};
+}
+
+// One row of kVectors whole vectors, which stay in registers; 0: of any length.
+template <int kVectors, typename T>
+HWY_INLINE void forward_row(const NormParams& p, const T* x, const T* gate, T* out, const T* next_x,
+                            const T* next_gate) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight);
-  parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(p.x) + p.x_layout.offset(row, p.dim);
-      const T* gate = p.gate == nullptr
-                          ? nullptr
-                          : static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
-      T* out = y + row * p.dim;
-      if (p.add != nullptr) {
-        const T* add = static_cast<const T*>(p.add) + p.add_layout.offset(row, p.dim);
-        T* total = sum + row * p.dim;
-        for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-          const auto scale = hn::Set(d, static_cast<A>(p.add_scale));
-          store_as(d, hn::MulAdd(scale, load_as(d, add + i), load_as(d, x + i)), total + i);
-        });
-        x = total;
-      }
-      const A r = inverse_norm(p, sum_of_squares(x, p.dim));
-      for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-        auto v = hn::Mul(load_as(d, x + i), hn::Set(d, r));
-        if (weight != nullptr) v = hn::Mul(v, hn::LoadU(d, weight + i));
-        if (gate != nullptr) {
-          const auto z = load_as(d, gate + i);
-          const auto s = sigmoid(d, z);
-          v = hn::Mul(v, p.activation == NormGate::kSilu ? hn::Mul(z, s) : s);
-        }
-        store_as(d, v, out + i);
-      });
+  const auto finish = [&](auto d, auto v, int64_t i) HWY_ATTR {
+    if (weight != nullptr) v = hn::Mul(v, hn::LoadU(d, weight + i));
+    if (gate != nullptr) {
+      const auto z = load_as(d, gate + i);
+      v = hn::Mul(v, p.activation == NormGate::kSilu ? hn::Mul(z, sigmoid(d, z)) : sigmoid(d, z));
     }
+    store_as(d, v, out + i);
+  };
+  if constexpr (kVectors > 0) {
+    const hn::ScalableTag<A> d;
+    const int64_t n = hn::Lanes(d);
+    hn::Vec<decltype(d)> v[kVectors], s0 = hn::Zero(d), s1 = hn::Zero(d);
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = load_as(d, x + j * n);
+      auto& s = j % 2 == 0 ? s0 : s1;
+      s = hn::MulAdd(v[j], v[j], s);
+    }
+    const A sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1)));
+    const auto r = hn::Set(d, inverse_norm(p, sum));
+    for (int j = 0; j < kVectors; ++j) finish(d, hn::Mul(v[j], r), j * n);
+  } else {
+    const A r = inverse_norm(p, sum_of_squares(x, p.dim));
+    for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+      fetch(next_x, i);
+      fetch(next_gate, i);
+      finish(d, hn::Mul(load_as(d, x + i), hn::Set(d, r)), i);
+    });
+  }
+}
+
+// Calls f with the number of vectors in a row as a constant where a row fits into registers, else
+// with 0.
+template <typename A, class F>
+void dispatch_vectors(int64_t dim, const F& f) {
+  const int64_t n = hn::Lanes(hn::ScalableTag<A>());
+  if (dim == 8 * n) return f(std::integral_constant<int, 8>());
+  if (dim == 4 * n) return f(std::integral_constant<int, 4>());
+  f(std::integral_constant<int, 0>());
+}
+
+template <typename T>
+void forward(const NormParams& p, T* y, T* sum) {
+  using A = Acc<T>;
+  dispatch_vectors<A>(p.add == nullptr ? p.dim : 0, [&](auto vectors) {
+    parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* x = row_of<T>(p.x, p.x_layout, row, p.dim);
+        const T* next_x = next_row<T>(p.x, p.x_layout, row, end, p.dim);
+        const T* gate = row_of<T>(p.gate, p.gate_layout, row, p.dim);
+        const T* next_gate = next_row<T>(p.gate, p.gate_layout, row, end, p.dim);
+        if (p.add != nullptr) {
+          const T* add = row_of<T>(p.add, p.add_layout, row, p.dim);
+          T* total = sum + row * p.dim;
+          for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+            const auto scale = hn::Set(d, static_cast<A>(p.add_scale));
+            store_as(d, hn::MulAdd(scale, load_as(d, add + i), load_as(d, x + i)), total + i);
+          });
+          x = total;
+        }
+        forward_row<vectors.value>(p, x, gate, y + row * p.dim, next_x, next_gate);
+      }
+    });
   });
 }
+
+// The pointers of one row of backward; null for what there is not.
+template <typename T>
+struct BackwardRow {
+  const T *x, *dy, *gate, *dsum, *next_x, *next_dy, *next_gate;
+  T *dx, *dgate;
+  Acc<T>* dweight;
+};
 
 // With n = x * r and h = dy * act(gate) * weight:
 //   dx = r * (h - n * m * sum(h * n)), dgate = dy * n * weight * act'(gate), dweight = sum over
 //   rows of dy * act * n.
+// Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [2, dim] takes over
+// what the gate makes of the row to the second pass.
+template <bool kGate, typename T>
+HWY_INLINE void backward_row(const NormParams& p, const BackwardRow<T>& row, Acc<T>* scratch) {
+  using A = Acc<T>;
+  const A* weight = static_cast<const A*>(p.weight);
+  const T *x = row.x, *dy = row.dy;
+  A *gated = scratch, *slopes = scratch + p.dim;
+  A squares = 0, dot = 0;
+  const auto first = [&](auto d, int64_t i, auto& sum_squares, auto& sum_dot) HWY_ATTR {
+    const auto v = load_as(d, x + i);
+    auto g = load_as(d, dy + i);
+    auto weighted = weight != nullptr ? hn::Mul(v, hn::LoadU(d, weight + i)) : v;
+    sum_squares = hn::MulAdd(v, v, sum_squares);
+    if constexpr (kGate) {
+      const auto act = activate(d, load_as(d, row.gate + i), p.activation == NormGate::kSilu);
+      hn::StoreU(hn::Mul(hn::Mul(g, weighted), act.slope), d, slopes + i);
+      g = hn::Mul(g, act.value);
+      hn::StoreU(g, d, gated + i);
+    }
+    sum_dot = hn::MulAdd(g, weighted, sum_dot);
+  };
+  {
+    const hn::ScalableTag<A> d;
+    const int64_t n = hn::Lanes(d);
+    auto s0 = hn::Zero(d), s1 = hn::Zero(d), t0 = hn::Zero(d), t1 = hn::Zero(d);
+    int64_t i = 0;
+    for (; i + 2 * n <= p.dim; i += 2 * n) {
+      first(d, i, s0, t0);
+      first(d, i + n, s1, t1);
+    }
+    for (; i + n <= p.dim; i += n) first(d, i, s0, t0);
+    const hn::CappedTag<A, 1> d1;
+    auto s = hn::Zero(d1), t = hn::Zero(d1);
+    for (; i < p.dim; ++i) first(d1, i, s, t);
+    squares = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1))) + hn::GetLane(s);
+    dot = hn::GetLane(hn::SumOfLanes(d, hn::Add(t0, t1))) + hn::GetLane(t);
+  }
+  const A r = inverse_norm(p, squares);
+  const A mean = p.kind == NormKind::kRms ? dot / static_cast<A>(p.dim) : dot;
+  const A of_x = -mean * r * r * r;
+  for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
+    fetch(row.next_x, i);
+    fetch(row.next_dy, i);
+    const auto scale = hn::Set(d, r);
+    const auto v = load_as(d, x + i);
+    auto g = hn::Undefined(d);
+    if constexpr (kGate) {
+      fetch(row.next_gate, i);
+      store_as(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
+      g = hn::Mul(scale, hn::LoadU(d, gated + i));
+    } else {
+      g = hn::Mul(scale, load_as(d, dy + i));
+    }
+    if (row.dweight != nullptr) {
+      hn::StoreU(hn::MulAdd(g, v, hn::LoadU(d, row.dweight + i)), d, row.dweight + i);
+    }
+    if (weight != nullptr) g = hn::Mul(g, hn::LoadU(d, weight + i));
+    auto out = hn::MulAdd(v, hn::Set(d, of_x), g);
+    if (row.dsum != nullptr) out = hn::Add(out, load_as(d, row.dsum + i));
+    store_as(d, out, row.dx + i);
+  });
+}
+
 template <typename T>
 void backward(const NormParams& p, const NormGrads& grads) {
   using A = Acc<T>;
-  const A* weight = static_cast<const A*>(p.weight);
   const RowBlocks blocks(p.rows, row_grain(p.dim));
   std::vector<A> partial(grads.dweight == nullptr ? 0 : blocks.count() * p.dim);
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
-    std::vector<A> scratch(p.dim);
-    A* h = scratch.data();
+    std::vector<A> scratch(p.gate == nullptr ? 0 : 2 * p.dim);
     for (int64_t block = first; block < last; ++block) {
-      A* dweight = partial.empty() ? nullptr : partial.data() + block * p.dim;
-      for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) {
-        const T* x = static_cast<const T*>(p.x) + p.x_layout.offset(row, p.dim);
-        const T* dy = static_cast<const T*>(grads.dy) + grads.dy_layout.offset(row, p.dim);
-        const T* gate = p.gate == nullptr
-                            ? nullptr
-                            : static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
-        T* dgate = gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + row * p.dim;
-        T* dx = static_cast<T*>(grads.dx) + row * p.dim;
-        const T* dsum = grads.dsum == nullptr ? nullptr
-                                              : static_cast<const T*>(grads.dsum) +
-                                                    grads.dsum_layout.offset(row, p.dim);
-        const A r = inverse_norm(p, sum_of_squares(x, p.dim));
-        const A dot = sum_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-          const auto n = hn::Mul(load_as(d, x + i), hn::Set(d, r));
-          auto g = load_as(d, dy + i);
-          if (gate != nullptr) {
-            const auto z = load_as(d, gate + i);
-            const auto s = sigmoid(d, z);
-            const auto one = hn::Set(d, 1);
-            const auto ds = hn::Mul(s, hn::Sub(one, s));
-            const bool silu = p.activation == NormGate::kSilu;
-            auto dz = hn::Mul(hn::Mul(g, n), silu ? hn::MulAdd(z, ds, s) : ds);
-            if (weight != nullptr) dz = hn::Mul(dz, hn::LoadU(d, weight + i));
-            store_as(d, dz, dgate + i);
-            g = hn::Mul(g, silu ? hn::Mul(z, s) : s);
-          }
-          if (dweight != nullptr) {
-            hn::StoreU(hn::MulAdd(g, n, hn::LoadU(d, dweight + i)), d, dweight + i);
-          }
-          if (weight != nullptr) g = hn::Mul(g, hn::LoadU(d, weight + i));
-          hn::StoreU(g, d, h + i);
-          return hn::Mul(g, n);
-        });
-        const A mean = p.kind == NormKind::kRms ? dot / static_cast<A>(p.dim) : dot;
-        for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-          const auto n = hn::Mul(load_as(d, x + i), hn::Set(d, r));
-          auto v = hn::NegMulAdd(n, hn::Set(d, mean), hn::LoadU(d, h + i));
-          v = hn::Mul(v, hn::Set(d, r));
-          if (dsum != nullptr) v = hn::Add(v, load_as(d, dsum + i));
-          store_as(d, v, dx + i);
-        });
+      const int64_t end = blocks.end(block);
+      for (int64_t i = blocks.begin(block); i < end; ++i) {
+        const BackwardRow<T> row = {
+            row_of<T>(p.x, p.x_layout, i, p.dim),
+            row_of<T>(grads.dy, grads.dy_layout, i, p.dim),
+            row_of<T>(p.gate, p.gate_layout, i, p.dim),
+            row_of<T>(grads.dsum, grads.dsum_layout, i, p.dim),
+            next_row<T>(p.x, p.x_layout, i, end, p.dim),
+            next_row<T>(grads.dy, grads.dy_layout, i, end, p.dim),
+            next_row<T>(p.gate, p.gate_layout, i, end, p.dim),
+            static_cast<T*>(grads.dx) + i * p.dim,
+            p.gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + i * p.dim,
+            partial.empty() ? nullptr : partial.data() + block * p.dim};
+        p.gate == nullptr ? backward_row<false>(p, row, scratch.data())
+                          : backward_row<true>(p, row, scratch.data());
       }
     }
   });
@@ -134,13 +245,13 @@ void backward(const NormParams& p, const NormGrads& grads) {
 }
 
 void norm_forward_any(const NormParams& p, void* y, void* sum) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     forward(p, static_cast<decltype(t)*>(y), static_cast<decltype(t)*>(sum));
   });
 }
 
 void norm_backward_any(const NormParams& p, const NormGrads& grads) {
-  dispatch_dtype(p.dtype, [&](auto t) { backward<decltype(t)>(p, grads); });
+  dispatch_storage(p.dtype, [&](auto t) { backward<decltype(t)>(p, grads); });
 }
 
 }  // namespace HWY_NAMESPACE

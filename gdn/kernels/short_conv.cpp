@@ -20,9 +20,10 @@
 #define GDN_SHORT_CONV_ONCE
 namespace gdn::short_conv {
 
-// Channels per task: a few cache lines of each of a tile's rows, so that reading down the rows
-// stays sequential enough.
-inline constexpr int64_t kChunk = 256;
+// Tokens that a pass over the channels takes at once, so that weights are loaded and inputs are
+// converted for several of them; and channels per task, whose sums stay in L1.
+inline constexpr int64_t kForwardRows = 8, kBackwardRows = 4;
+inline constexpr int64_t kChunk = 512;
 
 struct Span {
   int64_t begin, end;
@@ -35,14 +36,15 @@ inline Span sequence(const ShortConvParams& p, int64_t n) {
   return {n * length, (n + 1) * length};
 }
 
-// A piece of a sequence that is worked on at once.
-struct Tile {
+// Tokens of one sequence.
+struct Run {
   int64_t n;
   Span seq, tokens;
 };
 
-inline std::vector<Tile> make_tiles(const ShortConvParams& p, int64_t length) {
-  std::vector<Tile> tiles;
+// Each sequence cut into pieces of at most `length`.
+inline std::vector<Run> make_tiles(const ShortConvParams& p, int64_t length) {
+  std::vector<Run> tiles;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const Span seq = sequence(p, n);
     for (int64_t t = seq.begin; t < seq.end; t += length) {
@@ -52,20 +54,36 @@ inline std::vector<Tile> make_tiles(const ShortConvParams& p, int64_t length) {
   return tiles;
 }
 
+// What of each sequence lies in [tokens.begin, tokens.end).
+inline std::vector<Run> make_runs(const ShortConvParams& p, Span tokens) {
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < p.num_sequences; ++n) {
+    const Span seq = sequence(p, n);
+    const Span part = {std::max(seq.begin, tokens.begin), std::min(seq.end, tokens.end)};
+    if (part.size() > 0) runs.push_back({n, seq, part});
+  }
+  return runs;
+}
+
 inline int64_t row_stride(const ShortConvParams& p) {
   return p.x_stride == 0 ? p.channels : p.x_stride;
 }
 
-// [N, C, W] of T to [N, W, C] of its accumulation type, so that channels lie side by side; empty
-// for null.
-template <typename T>
-std::vector<Acc<T>> channels_last(const T* in, int64_t n, int64_t channels, int width) {
+// [N, C, W] to [N, W, C], so that channels lie side by side; empty for null. Out: T or Acc<T>.
+template <typename Out, typename T>
+std::vector<Out> channels_last(const T* in, int64_t n, int64_t channels, int width) {
   if (in == nullptr) return {};
-  std::vector<Acc<T>> out(n * channels * width);
+  std::vector<Out> out(n * channels * width);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int j = 0; j < width; ++j) {
-        out[(i * width + j) * channels + c] = load(in + (i * channels + c) * width + j);
+        const T& value = in[(i * channels + c) * width + j];
+        Out& to = out[(i * width + j) * channels + c];
+        if constexpr (std::is_same_v<Out, T>) {
+          to = value;
+        } else {
+          to = load(&value);
+        }
       }
     }
   }
@@ -79,173 +97,263 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-using short_conv::Span;
-using short_conv::Tile;
+using short_conv::kBackwardRows;
+using short_conv::kChunk;
+using short_conv::kForwardRows;
+using short_conv::Run;
 
-// One task's view of the operands. kW is the width, or 0 for a width known at run time only.
+// The operands of a call. kW is the width, or 0 for a width known at run time only.
 template <typename T, int kW>
 struct Operands {
   using A = Acc<T>;
-  const ShortConvParams& p;
-  const A* weight;   // [W, C]
-  const A* bias;     // [C] or null
-  const A* history;  // [N, W, C] or null
+
+  explicit Operands(const ShortConvParams& params)
+      : p(params),
+        bias(static_cast<const A*>(params.bias)),
+        weights(short_conv::channels_last<A>(static_cast<const A*>(params.weight), 1,
+                                             params.channels, params.width)),
+        history(short_conv::channels_last<T>(static_cast<const T*>(params.initial),
+                                             params.num_sequences, params.channels, params.width)),
+        zeros(params.channels, T{}) {}
+
   int width() const { return kW == 0 ? p.width : kW; }
 
-  // The input at `pos`, which may lie up to W-1 tokens before the sequence.
-  template <class D>
-  HWY_INLINE hn::Vec<D> input(D d, const Tile& tile, int64_t pos, int64_t c) const {
-    if (pos >= tile.seq.begin) {
-      return load_as(d, static_cast<const T*>(p.x) + pos * short_conv::row_stride(p) + c);
-    }
-    if (history == nullptr) return hn::Zero(d);
-    const int64_t column = width() + pos - tile.seq.begin;
-    return hn::LoadU(d, history + (tile.n * width() + column) * p.channels + c);
+  // The row of inputs at `pos`, which may lie up to W-1 tokens before the sequence.
+  const T* row(const Run& run, int64_t pos) const {
+    if (pos >= run.seq.begin) return static_cast<const T*>(p.x) + pos * short_conv::row_stride(p);
+    if (history.empty()) return zeros.data();
+    return history.data() + (run.n * width() + width() + pos - run.seq.begin) * p.channels;
+  }
+  // Those that `count` tokens from t on convolve: [W-1 + count].
+  void rows(const Run& run, int64_t t, int64_t count, const T** out) const {
+    for (int64_t i = 0; i < width() - 1 + count; ++i) out[i] = row(run, t - (width() - 1) + i);
   }
 
-  // Fills w with the weights, x[0 .. W-2] with the inputs before the tile, and x[W-1] with zeros.
   template <class D, class V>
-  HWY_INLINE void start(D d, const Tile& tile, int64_t c, V* w, V* x) const {
-    for (int j = 0; j < width(); ++j) w[j] = hn::LoadU(d, weight + j * p.channels + c);
-    for (int j = 0; j + 1 < width(); ++j) {
-      x[j] = input(d, tile, tile.tokens.begin - (width() - 1) + j, c);
-    }
-    x[width() - 1] = hn::Zero(d);
+  HWY_INLINE void load_weights(D d, int64_t c, V* w) const {
+    for (int j = 0; j < width(); ++j) w[j] = hn::LoadU(d, weights.data() + j * p.channels + c);
   }
-
   template <class D>
   HWY_INLINE hn::Vec<D> bias_at(D d, int64_t c) const {
     return bias == nullptr ? hn::Zero(d) : hn::LoadU(d, bias + c);
   }
-
   template <class V>
   HWY_INLINE V convolve(V sum, const V* w, const V* x) const {
     for (int j = 0; j < width(); ++j) sum = hn::MulAdd(w[j], x[j], sum);
     return sum;
   }
-
-  template <class V>
-  HWY_INLINE void shift(V* window) const {
-    for (int j = 0; j + 1 < width(); ++j) window[j] = window[j + 1];
-  }
+  const ShortConvParams& p;
+  const A* bias;                 // [C] or null
+  const std::vector<A> weights;  // [W, C]
+  const std::vector<T> history;  // [N, W, C] or empty
+  const std::vector<T> zeros;    // [C]
 };
 
-template <typename T, int kW>
-void forward(const ShortConvParams& p, T* y) {
+// kCount tokens from t on, for channels [first, last). All inputs of a vector of channels are
+// loaded before its results are stored: rows are often a multiple of 4 KiB apart, and then a load
+// waits for an earlier store to another row, because the lower bits of their addresses are the
+// same.
+template <int64_t kCount, typename T, int kW>
+void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_t first,
+                    int64_t last, T* y) {
   using A = Acc<T>;
-  const std::vector<A> weight =
-      short_conv::channels_last(static_cast<const A*>(p.weight), 1, p.channels, p.width);
-  const std::vector<A> history = short_conv::channels_last(static_cast<const T*>(p.initial),
-                                                           p.num_sequences, p.channels, p.width);
-  const Operands<T, kW> in{p, weight.data(), static_cast<const A*>(p.bias),
-                           p.initial ? history.data() : nullptr};
-  const std::vector<Tile> tiles = short_conv::make_tiles(p, 16);
-  const int64_t chunks = (p.channels + short_conv::kChunk - 1) / short_conv::kChunk;
-  parallel_for(0, tiles.size() * chunks, 4, [&](int64_t begin, int64_t end) HWY_ATTR {
-    for (int64_t task = begin; task < end; ++task) {
-      const Tile& tile = tiles[task / chunks];
-      const int64_t first = task % chunks * short_conv::kChunk;
-      for_lanes<A>(std::min(short_conv::kChunk, p.channels - first),
-                   [&](auto d, int64_t i) HWY_ATTR {
-                     const int64_t c = first + i;
-                     hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth];
-                     in.start(d, tile, c, w, x);
-                     const auto bias = in.bias_at(d, c);
-                     for (int64_t t = tile.tokens.begin; t < tile.tokens.end; ++t) {
-                       x[in.width() - 1] = in.input(d, tile, t, c);
-                       auto v = in.convolve(bias, w, x);
-                       if (p.silu) v = hn::Mul(v, sigmoid(d, v));
-                       store_as(d, v, y + t * p.channels + c);
-                       in.shift(x);
-                     }
-                   });
+  const ShortConvParams& p = in.p;
+  const T* rows[kMaxConvWidth + kCount];
+  in.rows(run, t, kCount, rows);
+  const bool silu = p.silu;
+  for_lanes<A>(last - first, [&](auto d, int64_t i) HWY_ATTR {
+    const int64_t c = first + i;
+    hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
+    in.load_weights(d, c, w);
+    const auto bias = in.bias_at(d, c);
+    for (int64_t r = 0; r < in.width() - 1 + kCount; ++r) x[r] = load_as(d, rows[r] + c);
+    for (int64_t r = 0; r < kCount; ++r) {
+      auto v = in.convolve(bias, w, x + r);
+      if (silu) v = hn::Mul(v, sigmoid(d, v));
+      store_as(d, v, y + (t + r) * p.channels + c);
     }
   });
 }
 
-// e = dy * act'(pre-activation);  dx[s] = sum_j w[j] e[s + W-1 - j];  dweight[j] = sum_t e[t] x[t -
-// (W-1) + j].
+template <typename T, int kW>
+void forward(const ShortConvParams& p, T* y) {
+  const Operands<T, kW> in(p);
+  const std::vector<Run> tiles = short_conv::make_tiles(p, kForwardRows);
+  const int64_t chunks = (p.channels + kChunk - 1) / kChunk;
+  parallel_for(0, tiles.size() * chunks, 4, [&](int64_t begin, int64_t end) HWY_ATTR {
+    for (int64_t task = begin; task < end; ++task) {
+      const Run& tile = tiles[task / chunks];
+      const int64_t first = task % chunks * kChunk, last = std::min(first + kChunk, p.channels);
+      int64_t t = tile.tokens.begin;
+      for (; t + kForwardRows <= tile.tokens.end; t += kForwardRows) {
+        forward_tokens<kForwardRows>(in, tile, t, first, last, y);
+      }
+      for (; t < tile.tokens.end; ++t) forward_tokens<1>(in, tile, t, first, last, y);
+    }
+  });
+}
+
+// What tokens add: all that follows from them; what the inputs before them get only, because the
+// next run sums the rest; nothing, because they lie behind the sequence.
+enum class Add : uint8_t { kAll, kInputs, kNothing };
+
+// Some channels of a group of tokens, a few tokens at a time:
+//   e = dy * act'(pre-activation);  dx[s] = sum_j w[j] e[s + W-1 - j];
+//   dweight[j] = sum_t e[t] x[t - (W-1) + j]
+// What a vector of channels carries from token to token lies side by side in `carried`: W weights,
+// W sums of dweight, that of dbias, and the last W-1 of e. As rows of all channels, which are often
+// a multiple of 4 KiB long, these lines would push each other and those of the tokens out of L1.
+template <typename T, int kW>
+struct BackwardGroup {
+  using A = Acc<T>;
+
+  BackwardGroup(const Operands<T, kW>& in, const ShortConvGrads& g, const A* d_final, A* d_history)
+      : in(in), g(g), d_final(d_final), d_history(d_history), carried(3 * in.p.width * kChunk) {}
+
+  // Channels [first, last) of the runs; writes their sums to rows of all channels [W+1, C].
+  void run(const std::vector<Run>& runs, int64_t first_channel, int64_t last_channel, A* sums) {
+    first = first_channel;
+    last = last_channel;
+    const int width = in.width();
+    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
+      for (int j = 0; j < width; ++j) {
+        hn::StoreU(hn::LoadU(d, in.weights.data() + j * in.p.channels + c), d, own + j * n);
+      }
+      for (int j = width; j <= 2 * width; ++j) hn::StoreU(hn::Zero(d), d, own + j * n);
+    });
+    for (const Run& each : runs) {
+      tokens = each;
+      for_each_vector([&](auto d, int64_t, A* own, int64_t n) HWY_ATTR {
+        for (int j = 2 * width + 1; j < 3 * width; ++j) hn::StoreU(hn::Zero(d), d, own + j * n);
+      });
+      const auto [begin, end] = tokens.tokens;
+      add<Add::kAll>(begin, end);
+      // The last tokens' dx needs e of up to W-1 more.
+      const int64_t needed = end + width - 1, there = std::min(needed, tokens.seq.end);
+      add<Add::kInputs>(end, there);
+      add<Add::kNothing>(there, needed);
+    }
+    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
+      for (int j = 0; j <= width; ++j) {
+        hn::StoreU(hn::LoadU(d, own + (width + j) * n), d, sums + j * in.p.channels + c);
+      }
+    });
+  }
+
+ private:
+  // Calls f(d, channel, what the vector carries, its lanes).
+  template <class F>
+  HWY_INLINE void for_each_vector(const F& f) {
+    for_lanes<A>(last - first, [&](auto d, int64_t i) HWY_ATTR {
+      f(d, first + i, carried.data() + i * 3 * in.width(), static_cast<int64_t>(hn::Lanes(d)));
+    });
+  }
+
+  template <Add kAdd>
+  void add(int64_t t, int64_t end) {
+    if constexpr (kAdd == Add::kAll) {
+      for (; t + kBackwardRows <= end; t += kBackwardRows) step<kAdd, kBackwardRows>(t);
+    }
+    for (; t < end; ++t) step<kAdd, 1>(t);
+  }
+
+  template <Add kAdd, int64_t kCount>
+  void step(int64_t t) {
+    const ShortConvParams& p = in.p;
+    const int64_t channels = p.channels;
+    const int width = in.width();
+    const T *rows[kMaxConvWidth + kCount], *dy[kCount];
+    T* dx[kCount];
+    A* before[kCount];            // d_history's row instead of dx's
+    const A* from_final[kCount];  // what d_final adds to it
+    if constexpr (kAdd != Add::kNothing) in.rows(tokens, t, kCount, rows);
+    for (int64_t r = 0; r < kCount; ++r) {
+      dy[r] = g.dy == nullptr ? in.zeros.data() : static_cast<const T*>(g.dy) + (t + r) * channels;
+      const int64_t s = t + r - (width - 1), column = s - (tokens.seq.end - width);
+      const bool own = s >= tokens.tokens.begin, starts = tokens.tokens.begin == tokens.seq.begin;
+      dx[r] = own ? static_cast<T*>(g.dx) + s * channels : nullptr;
+      before[r] = !own && starts && d_history != nullptr
+                      ? d_history + (tokens.n * width + width + s - tokens.seq.begin) * channels
+                      : nullptr;
+      from_final[r] = own && column >= 0 && d_final != nullptr
+                          ? d_final + (tokens.n * width + column) * channels
+                          : nullptr;
+    }
+    const bool silu = p.silu;
+    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
+      hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount], e[kMaxConvWidth + kCount];
+      A *dweight = own + width * n, *before_e = own + (2 * width + 1) * n;
+      for (int j = 0; j < width; ++j) w[j] = hn::LoadU(d, own + j * n);
+      for (int j = 0; j + 1 < width; ++j) e[j] = hn::LoadU(d, before_e + j * n);
+      auto* now = e + (width - 1);
+      if constexpr (kAdd == Add::kNothing) {
+        for (int64_t r = 0; r < kCount; ++r) now[r] = hn::Zero(d);
+      } else {
+        for (int64_t r = 0; r < width - 1 + kCount; ++r) x[r] = load_as(d, rows[r] + c);
+        for (int64_t r = 0; r < kCount; ++r) now[r] = load_as(d, dy[r] + c);
+        for (int64_t r = 0; r < kCount; ++r) {  // what the next step reads, to L2
+          __builtin_prefetch(rows[width - 1 + r] + kCount * short_conv::row_stride(p) + c, 0, 2);
+          __builtin_prefetch(dy[r] + kCount * channels + c, 0, 2);
+        }
+        const auto bias = in.bias_at(d, c);
+        for (int64_t r = 0; silu && r < kCount; ++r) {
+          const auto pre = in.convolve(bias, w, x + r);
+          const auto s = sigmoid(d, pre), rest = hn::Sub(hn::Set(d, 1), s);
+          now[r] = hn::Mul(now[r], hn::MulAdd(hn::Mul(pre, s), rest, s));
+        }
+      }
+      if constexpr (kAdd == Add::kAll) {
+        for (int j = 0; j < width; ++j) {
+          auto dw = hn::LoadU(d, dweight + j * n);
+          for (int64_t r = 0; r < kCount; ++r) dw = hn::MulAdd(now[r], x[r + j], dw);
+          hn::StoreU(dw, d, dweight + j * n);
+        }
+        auto db = hn::LoadU(d, dweight + width * n);
+        for (int64_t r = 0; r < kCount; ++r) db = hn::Add(db, now[r]);
+        hn::StoreU(db, d, dweight + width * n);
+      }
+      for (int64_t r = 0; r < kCount; ++r) {
+        auto v = hn::Mul(w[0], now[r]);
+        for (int j = 1; j < width; ++j) v = hn::MulAdd(w[j], e[r + width - 1 - j], v);
+        if (dx[r] != nullptr) {
+          if (from_final[r] != nullptr) v = hn::Add(v, hn::LoadU(d, from_final[r] + c));
+          store_as(d, v, dx[r] + c);
+        } else if (before[r] != nullptr) {
+          hn::StoreU(v, d, before[r] + c);
+        }
+      }
+      for (int j = 0; j + 1 < width; ++j) hn::StoreU(e[kCount + j], d, before_e + j * n);
+    });
+  }
+
+  const Operands<T, kW>& in;
+  const ShortConvGrads& g;
+  const A* d_final;  // [N, W, C] or null
+  A* d_history;      // [N, W, C] or null
+  std::vector<A> carried;
+  Run tokens = {};
+  int64_t first = 0, last = 0;  // channels
+};
+
 template <typename T, int kW>
 void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   using A = Acc<T>;
   const int64_t channels = p.channels;
-  const std::vector<A> weight =
-      short_conv::channels_last(static_cast<const A*>(p.weight), 1, channels, p.width);
-  const std::vector<A> history = short_conv::channels_last(static_cast<const T*>(p.initial),
-                                                           p.num_sequences, channels, p.width);
-  const std::vector<A> d_final = short_conv::channels_last(static_cast<const T*>(g.d_final),
-                                                           p.num_sequences, channels, p.width);
-  const Operands<T, kW> in{p, weight.data(), static_cast<const A*>(p.bias),
-                           p.initial ? history.data() : nullptr};
-  const T* dy = static_cast<const T*>(g.dy);
-  T* dx = static_cast<T*>(g.dx);
-  const std::vector<Tile> tiles = short_conv::make_tiles(p, 32);
-  const RowBlocks groups(tiles.size(), 1, 16);
-  const int64_t chunks = (channels + short_conv::kChunk - 1) / short_conv::kChunk;
-  const int64_t sums = (p.width + 1) * channels;  // of dweight [W, C], then of dbias [C]
-  std::vector<A> partial(groups.count() * sums);
+  const Operands<T, kW> in(p);
+  const std::vector<A> d_final = short_conv::channels_last<A>(static_cast<const T*>(g.d_final),
+                                                              p.num_sequences, channels, p.width);
+  const RowBlocks groups(p.total_tokens, 64, 16);
+  const int64_t chunks = (channels + kChunk - 1) / kChunk;
+  const int64_t num_sums = (p.width + 1) * channels;  // of dweight [W, C], then of dbias [C]
+  std::vector<A> partial(groups.count() * num_sums);
   std::vector<A> d_history(g.d_initial == nullptr ? 0 : p.num_sequences * p.width * channels);
   parallel_for(0, groups.count() * chunks, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
+    BackwardGroup<T, kW> worker(in, g, d_final.empty() ? nullptr : d_final.data(),
+                                d_history.empty() ? nullptr : d_history.data());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / chunks, first = task % chunks * short_conv::kChunk;
-      A* sum = partial.data() + group * sums;
-      for (int64_t k = groups.begin(group); k < groups.end(group); ++k) {
-        const Tile& tile = tiles[k];
-        for_lanes<A>(
-            std::min(short_conv::kChunk, channels - first), [&](auto d, int64_t i) HWY_ATTR {
-              const int64_t c = first + i;
-              const int width = in.width();
-              hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth], e[kMaxConvWidth],
-                  dw[kMaxConvWidth];
-              in.start(d, tile, c, w, x);
-              const auto bias = in.bias_at(d, c);
-              for (int j = 0; j < width; ++j) {
-                e[j] = hn::Zero(d);
-                dw[j] = hn::LoadU(d, sum + j * channels + c);
-              }
-              auto db = hn::LoadU(d, sum + width * channels + c);
-              // dx of the tile's last tokens needs e of up to W-1 tokens after the tile, which are
-              // computed again there.
-              for (int64_t t = tile.tokens.begin; t < tile.tokens.end + width - 1; ++t) {
-                auto now = hn::Zero(d);
-                if (t < tile.seq.end) {
-                  x[width - 1] = in.input(d, tile, t, c);
-                  if (dy != nullptr) now = load_as(d, dy + t * channels + c);
-                  if (p.silu) {
-                    const auto pre = in.convolve(bias, w, x);
-                    const auto s = sigmoid(d, pre);
-                    const auto one = hn::Set(d, 1);
-                    now = hn::Mul(now, hn::Mul(s, hn::MulAdd(pre, hn::Sub(one, s), one)));
-                  }
-                }
-                if (t < tile.tokens.end) {
-                  for (int j = 0; j < width; ++j) dw[j] = hn::MulAdd(now, x[j], dw[j]);
-                  db = hn::Add(db, now);
-                }
-                e[width - 1] = now;
-                const int64_t s = t - (width - 1);
-                auto v = hn::Zero(d);
-                for (int j = 0; j < width; ++j) v = hn::MulAdd(w[j], e[width - 1 - j], v);
-                if (s >= tile.tokens.begin) {
-                  if (!d_final.empty() && s >= tile.seq.end - width) {
-                    const int64_t column = s - (tile.seq.end - width);
-                    v = hn::Add(
-                        v, hn::LoadU(d, d_final.data() + (tile.n * width + column) * channels + c));
-                  }
-                  store_as(d, v, dx + s * channels + c);
-                } else if (!d_history.empty() && s < tile.seq.begin) {
-                  const int64_t column = width + s - tile.seq.begin;
-                  if (tile.tokens.begin == tile.seq.begin) {
-                    hn::StoreU(v, d, d_history.data() + (tile.n * width + column) * channels + c);
-                  }
-                }
-                in.shift(x);
-                in.shift(e);
-              }
-              for (int j = 0; j < width; ++j) hn::StoreU(dw[j], d, sum + j * channels + c);
-              hn::StoreU(db, d, sum + width * channels + c);
-            });
-      }
+      const int64_t group = task / chunks, first = task % chunks * kChunk;
+      worker.run(short_conv::make_runs(p, {groups.begin(group), groups.end(group)}), first,
+                 std::min(first + kChunk, channels), partial.data() + group * num_sums);
     }
   });
   A* dweight = static_cast<A*>(g.dweight);
@@ -254,7 +362,7 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
     for (int j = 0; j <= p.width; ++j) {
       A total = 0;
       for (int64_t group = 0; group < groups.count(); ++group)
-        total += partial[group * sums + j * channels + c];
+        total += partial[group * num_sums + j * channels + c];
       if (j < p.width) {
         dweight[c * p.width + j] = total;
       } else if (dbias != nullptr) {
@@ -283,7 +391,7 @@ using Raw = std::conditional_t<std::is_floating_point_v<T>, T, uint16_t>;
 
 template <typename T, class D, class V>
 HWY_INLINE hn::Vec<D> widen(D d, V raw) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_base_of_v<BFloat16, T>) {
     return widen_bf16(d, raw);
   } else if constexpr (std::is_same_v<T, Float16>) {
     return hn::PromoteTo(d, hn::BitCast(hn::Rebind<hwy::float16_t, D>(), raw));
@@ -352,38 +460,29 @@ void step(const ShortConvParams& p, T* pool, const int64_t* slots, T* y) {
   });
 }
 
-// Calls f with the width as a constant where it is a usual one, so that windows stay in registers,
-// else with 0.
+// Calls f with the width as a constant where it is the usual one, so that windows stay in
+// registers, else with 0.
 template <class F>
 void dispatch_width(int width, const F& f) {
-  switch (width) {
-    case 2:
-      return f(std::integral_constant<int, 2>());
-    case 3:
-      return f(std::integral_constant<int, 3>());
-    case 4:
-      return f(std::integral_constant<int, 4>());
-    default:
-      return f(std::integral_constant<int, 0>());
-  }
+  width == 4 ? f(std::integral_constant<int, 4>()) : f(std::integral_constant<int, 0>());
 }
 
 void short_conv_forward_any(const ShortConvParams& p, void* y) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_width(p.width, [&](auto w) { forward<T, w.value>(p, static_cast<T*>(y)); });
   });
 }
 
 void short_conv_backward_any(const ShortConvParams& p, const ShortConvGrads& grads) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     dispatch_width(p.width, [&](auto w) { backward<T, w.value>(p, grads); });
   });
 }
 
 void short_conv_step_any(const ShortConvParams& p, void* pool, const int64_t* slots, void* y) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     step<T>(p, static_cast<T*>(pool), slots, static_cast<T*>(y));
   });

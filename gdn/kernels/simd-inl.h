@@ -107,6 +107,28 @@ HWY_INLINE void store_as(D d, V v, BFloat16* p) {
   const hn::Rebind<uint16_t, D> d16;
   hn::StoreU(narrow_bf16(d, v), d16, &p->bits);
 }
+#if HWY_TARGET == HWY_AVX3
+// bfloat16 that is rounded by an instruction (AVX512_BF16), where the portable way takes eight.
+// Numbers below the normal range become 0.
+struct HardwareBf16 : BFloat16 {};
+template <class D, class V>
+HWY_INLINE void store_as(D d, V v, HardwareBf16* p) {
+  const hn::Rebind<uint16_t, D> d16;
+  hn::Vec<decltype(d16)> half;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(half.raw) : "v"(v.raw));
+  hn::StoreU(half, d16, &p->bits);
+}
+#endif
+
+// Calls f(T{}) with the type by which kernels read and write elements of `dtype` here.
+template <class F>
+void dispatch_storage(DType dtype, F&& f) {
+#if HWY_TARGET == HWY_AVX3
+  if (dtype == DType::kBF16 && __builtin_cpu_supports("avx512bf16")) return f(HardwareBf16{});
+#endif
+  dispatch_dtype(dtype, f);
+}
+
 template <class D, class V>
 HWY_INLINE void store_as(D d, V v, Float16* p) {
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM
@@ -157,13 +179,83 @@ HWY_INLINE V exp_of(D d, V x) {
   return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
 }
 
+// With fused products the activations are built from parts that share what they can, and with
+// AVX-512's estimates they need no division.
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+#if HWY_TARGET == HWY_AVX3
+HWY_INLINE hn::Vec512<float> estimate_reciprocal(hn::Vec512<float> x) {
+  return hn::Vec512<float>{_mm512_rcp14_ps(x.raw)};
+}
+HWY_INLINE hn::Vec256<float> estimate_reciprocal(hn::Vec256<float> x) {
+  return hn::Vec256<float>{_mm256_rcp14_ps(x.raw)};
+}
+template <size_t N>
+HWY_INLINE hn::Vec128<float, N> estimate_reciprocal(hn::Vec128<float, N> x) {
+  return hn::Vec128<float, N>{_mm_rcp14_ps(x.raw)};
+}
+
+// 1/x with one step of Newton's method, and 1 for 1; x must lie within 1e-37 and 8e37.
+template <class D, class V>
+HWY_INLINE V reciprocal(D d, V x) {
+  const auto y = estimate_reciprocal(x);
+  return hn::MulAdd(y, hn::NegMulAdd(x, y, hn::Set(d, 1.0f)), y);
+}
+#else  // AVX2's estimate of 1 is not 1, which 1 - sigmoid would magnify
+template <class D, class V>
+HWY_INLINE V reciprocal(D d, V x) {
+  return hn::Div(hn::Set(d, 1.0f), x);
+}
+#endif
+
+inline constexpr float kExpLimit = 87.0f;
+
+// exp(x) = fraction * power for |x| <= kExpLimit, to 2e-7 and 2e-8 |x| of itself: power is the
+// nearest 2^n, and the fraction, which hands on NaN, a polynomial in [-1/2, 1/2].
+template <class V>
+struct ExpParts {
+  V fraction, power;
+};
+template <class D, class V>
+HWY_INLINE ExpParts<V> exp_parts(D d, V x) {
+  const hn::RebindToUnsigned<D> du;
+  const auto log2e = hn::Set(d, 1.44269504f);
+  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the lower bits; with 127 more
+  // they are the exponent of 2^n.
+  const auto shift = hn::Set(d, 12582912.0f + 127.0f);
+  const auto shifted = hn::MulAdd(x, log2e, shift);
+  const auto f = hn::MulSub(x, log2e, hn::Sub(shifted, shift));
+  auto p = hn::MulAdd(f, hn::Set(d, 0.0013276472f), hn::Set(d, 0.009675541f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.05550713f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.2402212f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.69314694f));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+  return {p, hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, shifted)))};
+}
+
+// log(1 + e) for 0 <= e <= 1, to 1e-7 of itself.
+template <class D, class V>
+HWY_INLINE V log1p_of_fraction(D d, V e) {
+  auto p = hn::MulAdd(e, hn::Set(d, 0.005232694f), hn::Set(d, -0.029505238f));
+  p = hn::MulAdd(p, e, hn::Set(d, 0.07822595f));
+  p = hn::MulAdd(p, e, hn::Set(d, -0.13663246f));
+  p = hn::MulAdd(p, e, hn::Set(d, 0.19106007f));
+  p = hn::MulAdd(p, e, hn::Set(d, -0.24842982f));
+  p = hn::MulAdd(p, e, hn::Set(d, 0.33319098f));
+  p = hn::MulAdd(p, e, hn::Set(d, -0.49999493f));
+  return hn::Mul(e, hn::MulAdd(p, e, hn::Set(d, 1.0f)));
+}
+#endif
+
+// To a few units in the last place; results below the normal range may be 0.
 template <class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
   const auto one = hn::Set(d, 1);
-#if HWY_TARGET == HWY_AVX3
-  // Here exp overflows to infinity, whose inverse is the right 0.
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
   if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    return hn::Div(one, hn::Add(one, exp_of(d, hn::Neg(x))));
+    const auto limit = hn::Set(d, kExpLimit);  // Min and Max return a NaN that comes second
+    const auto e = exp_parts(d, hn::Neg(hn::Min(limit, hn::Max(hn::Neg(limit), x))));
+    const auto y = reciprocal(d, hn::MulAdd(e.fraction, e.power, one));
+    return hn::IfThenZeroElse(hn::Lt(x, hn::Neg(limit)), y);
   }
 #endif
   // By exp(-|x|), which cannot overflow and keeps the relative precision of small results.
@@ -171,13 +263,35 @@ HWY_INLINE V sigmoid(D d, V x) {
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
-// log(1 + exp(x)); x itself above 20, as in PyTorch.
+template <class V>
+struct Softplus {
+  V value, slope;
+};
+
+// log(1 + exp(x)), which is x itself above 20, and its derivative, the sigmoid.
 template <class D, class V>
-HWY_INLINE V softplus(D d, V x) {
+HWY_INLINE Softplus<V> softplus_and_slope(D d, V x) {
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+  if constexpr (sizeof(hn::TFromD<D>) == 4) {
+    const auto one = hn::Set(d, 1), zero = hn::Zero(d);
+    const auto parts = exp_parts(d, hn::Max(hn::Set(d, -kExpLimit), hn::Neg(hn::Abs(x))));
+    const auto e = hn::IfThenZeroElse(hn::Gt(hn::Abs(x), hn::Set(d, kExpLimit)),
+                                      hn::Mul(parts.fraction, parts.power));
+    const auto inverse = reciprocal(d, hn::Add(one, e));
+    return {hn::Add(hn::Max(zero, x), log1p_of_fraction(d, e)),
+            hn::Mul(inverse, hn::IfThenElse(hn::Lt(x, zero), e, one))};
+  }
+#endif
   const auto limit = hn::Set(d, 20);
   const auto above = hn::Gt(x, limit);
   const auto soft = hn::Log1p(d, exp_of(d, hn::Min(x, limit)));
-  return hn::IfThenElse(hn::Or(above, hn::IsNaN(x)), x, soft);
+  return {hn::IfThenElse(hn::Or(above, hn::IsNaN(x)), x, soft),
+          hn::IfThenElse(above, hn::Set(d, 1), sigmoid(d, x))};
+}
+
+template <class D, class V>
+HWY_INLINE V softplus(D d, V x) {
+  return softplus_and_slope(d, x).value;
 }
 
 }  // namespace HWY_NAMESPACE

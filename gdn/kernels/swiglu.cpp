@@ -41,20 +41,20 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
         const auto z = load_as(d, gate + i), g = load_as(d, dy + out + i);
         const auto one = hn::Set(d, 1);
         const auto s = sigmoid(d, z);
-        const auto slope = hn::Mul(s, hn::MulAdd(z, hn::Sub(one, s), one));
+        const auto silu = hn::Mul(z, s), slope = hn::MulAdd(silu, hn::Sub(one, s), s);
         store_as(d, hn::Mul(hn::Mul(g, load_as(d, up + i)), slope), dgate + out + i);
-        store_as(d, hn::Mul(g, hn::Mul(z, s)), dup + out + i);
+        store_as(d, hn::Mul(g, silu), dup + out + i);
       });
     }
   });
 }
 
 void swiglu_forward_any(const SwigluParams& p, void* y) {
-  dispatch_dtype(p.dtype, [&](auto t) { forward(p, static_cast<decltype(t)*>(y)); });
+  dispatch_storage(p.dtype, [&](auto t) { forward(p, static_cast<decltype(t)*>(y)); });
 }
 
 void swiglu_backward_any(const SwigluParams& p, const void* dy, void* dgate, void* dup) {
-  dispatch_dtype(p.dtype, [&](auto t) {
+  dispatch_storage(p.dtype, [&](auto t) {
     using T = decltype(t);
     backward(p, static_cast<const T*>(dy), static_cast<T*>(dgate), static_cast<T*>(dup));
   });

@@ -71,7 +71,7 @@ TYPED_TEST(CrossEntropyTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;
   const double acc_tolerance = testing::acc_tolerance<T>(2e-6);
   testing::for_each_target([&](const std::string& target) {
-    for (const auto& [rows, vocab] : {std::pair{3, 1}, {6, 5}, {9, 100}, {4, 1031}}) {
+    for (const auto& [rows, vocab] : {std::pair{3, 1}, {6, 5}, {9, 100}, {4, 1031}, {3, 2600}}) {
       const Data<T> data(rows, vocab);
       const Results<T> fast = run(data);
       const Results<double> naive = run_naive(data);
@@ -132,6 +132,35 @@ TEST(CrossEntropy, HugeLogitsAreSafeAndNaNsAreHandedOn) {
   EXPECT_EQ(dlogits[4], 0);
   EXPECT_TRUE(std::isnan(loss[2]));
   EXPECT_TRUE(std::isnan(dlogits[9]));
+}
+
+TEST(CrossEntropy, TheLargestLogitMayStandInAnyBlock) {
+  constexpr int64_t kVocab = 3000;
+  testing::for_each_target([&](const std::string& target) {
+    for (const int64_t where : {0, 1030, 2047, 2999}) {
+      // Whole blocks of excluded entries, which must neither count nor turn the sum into NaN.
+      std::vector<float> logits(kVocab, -INFINITY), dlogits(kVocab);
+      logits[where] = 200;
+      logits[1500] = 199;
+      const int64_t word = 1500;
+      CrossEntropyParams p;
+      p.rows = 1;
+      p.vocab = kVocab;
+      p.logits = logits.data();
+      p.targets = &word;
+      float loss = 0, lse = 0;
+      const float dloss = 1;
+      cross_entropy_forward(p, &loss, &lse);
+      cross_entropy_backward(p, &lse, &dloss, dlogits.data());
+      EXPECT_NEAR(loss, std::log1p(std::exp(1.0)), 1e-6) << target << " " << where;
+      EXPECT_NEAR(lse, 200 + std::log1p(std::exp(-1.0)), 2e-5) << target << " " << where;
+      EXPECT_NEAR(dlogits[where], 1 / (1 + std::exp(-1.0)), 2e-5) << target << " " << where;
+      EXPECT_EQ(dlogits[where == 0 ? 1 : 0], 0) << target << " " << where;
+      logits[where] = NAN;
+      cross_entropy_forward(p, &loss, &lse);
+      EXPECT_TRUE(std::isnan(lse)) << target << " " << where;
+    }
+  });
 }
 
 TEST(CrossEntropy, SmallLossesOfLargeLogitsKeepTheirDigits) {

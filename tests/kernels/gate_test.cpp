@@ -199,6 +199,30 @@ TEST(Gate, IsNeverPositiveAndExtremesStayFinite) {
   EXPECT_FLOAT_EQ(g[4], -1e4f * std::exp(2.7f));
 }
 
+TEST(Gate, SoftplusAndItsSlopeKeepTheirRelativePrecisionOnEveryTarget) {
+  constexpr int64_t kRows = 1, kChannels = 3001;
+  std::vector<float> a(kChannels), g(kChannels), da(kChannels), dg(kChannels, 1.0f);
+  for (int64_t i = 0; i < kChannels; ++i) a[i] = 0.05f * static_cast<float>(i - kChannels / 2);
+  const float A_log = 0;
+  float dA_log = 0;
+  GateParams p;
+  p.rows = kRows;
+  p.heads = 1;
+  p.channels = kChannels;
+  p.a = a.data();
+  p.A_log = &A_log;
+  testing::for_each_target([&](const std::string& target) {
+    gate_forward(p, g.data());
+    gate_backward(p, {dg.data(), da.data(), &dA_log, nullptr});
+    for (int64_t i = 0; i < kChannels; ++i) {
+      const double soft = std::log1p(std::exp(static_cast<double>(a[i])));
+      const double slope = 1 / (1 + std::exp(-static_cast<double>(a[i])));
+      ASSERT_NEAR(g[i], -soft, 3e-6 * soft) << target << " at " << a[i];
+      ASSERT_NEAR(da[i], -slope, 3e-6 * slope) << target << " at " << a[i];
+    }
+  });
+}
+
 TEST(Gate, SameBitsForAnyNumberOfThreads) {
   const Data<float> data(Case{3000, 6, 4, true, {}, "threads"});
   testing::expect_same_bits_for_any_threads([&] { return run(data).dA_log; });

@@ -90,7 +90,8 @@ TYPED_TEST(NormTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;
   testing::for_each_target([](const std::string& target) {
     for (const Case& c : kCases) {
-      for (const auto& [tokens, dim] : {std::pair{1, 1}, {5, 7}, {11, 60}, {4, 128}, {90, 200}}) {
+      for (const auto& [tokens, dim] :
+           {std::pair{1, 1}, {5, 7}, {11, 60}, {4, 64}, {4, 128}, {90, 200}, {3, 700}}) {
         const Data<T> data(tokens, dim, 7);
         const NormParams p = data.params(c);
         const Results<T> fast = run(p, data.dy);

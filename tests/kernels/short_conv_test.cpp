@@ -19,12 +19,13 @@ struct Case {
 };
 
 // Ragged and empty sequences, sequences shorter than the width, tiles that end inside and with a
-// sequence.
+// sequence; groups of 64 tokens that begin a token after a sequence and end a token before its end.
 const Case kCases[] = {
     {4, 40, {70}, false, true, false},        {4, 33, {0, 3, 16, 33, 1}, true, true, true},
     {4, 300, {2, 50}, true, false, true},     {1, 17, {5, 0, 40}, true, true, true},
     {2, 16, {1, 35}, false, true, true},      {3, 19, {33, 2}, true, true, false},
-    {8, 21, {4, 64, 0, 9}, true, true, true}, {4, 5, {32, 32}, false, true, true}};
+    {8, 21, {4, 64, 0, 9}, true, true, true}, {4, 5, {32, 32}, false, true, true},
+    {4, 530, {63, 66, 80}, true, true, true}};
 
 template <typename T>
 struct Data {

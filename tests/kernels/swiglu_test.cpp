@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/kernels/swiglu.h"
 
+#include <bit>
+
 #include "tests/kernels/support.h"
 
 namespace gdn {
@@ -77,6 +79,24 @@ TEST(Swiglu, ExtremesStayFiniteAndSizesAreChecked) {
   EXPECT_EQ(y, (std::vector<float>{-0.0f, 1e4f, -0.0f, 90}));
   EXPECT_EQ(dgate, (std::vector<float>{0, 1, 0, 1}));
   EXPECT_THROW(swiglu_forward(SwigluParams{}, y.data()), Error);
+}
+
+TEST(Swiglu, SigmoidsKeepTheirRelativePrecisionOnEveryTarget) {
+  constexpr int64_t kDim = 4001;
+  std::vector<float> wide(2 * kDim, 1.0f), y(kDim);
+  for (int64_t i = 0; i < kDim; ++i) wide[i] = 0.04f * static_cast<float>(i - kDim / 2);
+  testing::for_each_target([&](const std::string& target) {
+    swiglu_forward(halves_of(wide, 1, kDim), y.data());
+    for (int64_t i = 0; i < kDim; ++i) {
+      const double z = wide[i], expected = z / (1 + std::exp(-z));
+      ASSERT_NEAR(y[i], expected, 3e-6 * std::abs(expected)) << target << " at " << z;
+    }
+    // Whatever bits a NaN has, and in a whole vector as in the rest of a row.
+    std::vector<float> nans(2 * kDim, 1.0f);
+    std::fill_n(nans.begin(), kDim, std::bit_cast<float>(0x7f80ffffu));
+    swiglu_forward(halves_of(nans, 1, kDim), y.data());
+    for (const float v : y) ASSERT_TRUE(std::isnan(v)) << target;
+  });
 }
 
 }  // namespace

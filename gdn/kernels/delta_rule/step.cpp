@@ -19,26 +19,6 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-#if HWY_TARGET == HWY_AVX3
-// bfloat16 that is rounded by an instruction (AVX512_BF16), where the portable way takes eight.
-// Numbers below the normal range become 0.
-struct HardwareBf16 {
-  uint16_t bits;
-};
-template <class D>
-HWY_INLINE hn::Vec<D> load_as(D d, const HardwareBf16* p) {
-  const hn::Rebind<uint16_t, D> d16;
-  return widen_bf16(d, hn::LoadU(d16, &p->bits));
-}
-template <class D>
-HWY_INLINE void store_as(D d, hn::Vec<D> v, HardwareBf16* p) {
-  const hn::Rebind<uint16_t, D> d16;
-  hn::Vec<decltype(d16)> half;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(half.raw) : "v"(v.raw));
-  hn::StoreU(half, d16, &p->bits);
-}
-#endif
-
 // Vectors of columns whose sums stay in registers while a state streams by, row after row: with
 // AVX-512 a whole row of 128 columns. It streams by twice, once to be read and once to be updated,
 // the second time from L2. Blocks of columns that would fit into L1 do not: their rows, 512 bytes
