@@ -45,7 +45,7 @@ def _comba(
     strength = (beta if beta.dim() == 4 else beta[..., None]).to(wide)
     if strength.shape[-1] != 1:
         raise ValueError(f"[{op}] beta must be [B,T,HV], got {list(beta.shape)}")
-    tensors = dict(q=q, k=k, v=(strength * v).to(q.dtype), a=p, p=(-strength * k).to(q.dtype))
+    tensors: dict[str, Tensor | None] = dict(q=q, k=k, v=(strength * v).to(q.dtype), a=p, p=(-strength * k).to(q.dtype))
     tensors["g"] = g.to(wide)[..., None].expand(*g.shape, k.shape[-1])
     tensors["initial_state"] = None if initial_state is None else initial_state.to(wide)
     return run(op, _gdn.delta_rule, tensors, cu_seqlens, output_final_state, scale=scale, erase="separate", form=form)
@@ -298,8 +298,8 @@ def flash_attn_func(
         seen = seen & (ahead >= -left)
     if right >= 0:
         seen = seen & (ahead <= right)
-    heads = (t.transpose(1, 2) for t in (q, k, v))
-    o = F.scaled_dot_product_attention(*heads, seen, dropout_p, scale=softmax_scale, enable_gqa=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, seen, dropout_p, scale=softmax_scale, enable_gqa=True)
     return o.transpose(1, 2)
 
 
@@ -471,8 +471,9 @@ def rms_norm_swish_gate_linear(
     residual_in_fp32: bool = False,
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    flags = dict(activation="swish", residual=residual, residual_in_fp32=residual_in_fp32, eps=eps)
-    y, total = ops.rms_norm_gated(x, g, norm_weight, norm_bias, prenorm=True, **flags)  # type: ignore[arg-type]
+    y, total = ops.rms_norm_gated(
+        x, g, norm_weight, norm_bias, "swish", residual, prenorm=True, residual_in_fp32=residual_in_fp32, eps=eps
+    )
     y = F.linear(y.to(linear_weight.dtype), linear_weight, linear_bias)
     return (y, total) if prenorm else y
 
