@@ -76,8 +76,13 @@ Plan make_plan(const DeltaRuleParams& x, int64_t heads, size_t bytes, size_t pan
 }  // namespace
 
 bool by_pairs(const DeltaRuleParams& x) {
-  return x.dtype == DType::kBF16 && x.erase != DeltaErase::kSeparate && x.K % 16 == 0 &&
-         x.V % 16 == 0 && x.chunk_size != 16 && pair_kernels() != nullptr;
+  if (x.dtype != DType::kBF16 || x.erase == DeltaErase::kSeparate || x.K % 16 != 0 ||
+      x.V % 16 != 0) {
+    return false;
+  }
+  // Depths are padded to 32, so fp32 is faster on less.
+  const bool pays = x.K >= 32 && x.V >= 32 && x.total_tokens >= 32 * x.num_sequences;
+  return (x.chunk_size == 0 ? pays : x.chunk_size != 16) && pair_kernels() != nullptr;
 }
 
 Plan forward_plan(const DeltaRuleParams& x, size_t panels, size_t state_bytes) {
