@@ -13,6 +13,7 @@
 #include "gdn/base/check.h"
 #include "gdn/bench/profile.h"
 #include "gdn/bench/report.h"
+#include "gdn/mixers/mixer.h"
 #include "gdn/train/config.h"
 #include "gdn/train/machine.h"
 #include "gdn/train/optimizer.h"
@@ -32,14 +33,27 @@ struct Subject {
 // The model of a run's configuration; without one, the one that peers are compared with: 4 layers
 // of Gated DeltaNet with 4 heads of 64, width 256, SwiGLU of 768, 512 tokens; 3.96 M parameters.
 Subject make_subject(const Options& options) {
+  std::vector<std::string> known;
+  if (!options.mixer.empty()) {
+    for (const MixerOption& option : find_mixer(options.mixer).options)
+      known.push_back(option.name);
+  }
+  const std::string with = options.mixer.empty() ? "" : " with " + options.mixer;
   if (!options.config.empty()) {
-    const RunConfig run = load_run_config(options.config);
-    return {options.config, make_model_config(run, run.model.vocab_size > 0 ? 0 : 256),
+    RunConfig run = load_run_config(options.config);
+    if (!options.mixer.empty()) replace_mixer(run, options.mixer, known);
+    return {options.config + with, make_model_config(run, run.model.vocab_size > 0 ? 0 : 256),
             run.data.batch_size, run.data.seq_len};
   }
-  Subject subject{"3.96 M parameters", {}, 8, 512};
+  Subject subject{"3.96 M parameters" + with, {}, 8, 512};
   BlockConfig block;
   block.mixer_options = {{"head_dim", 64}, {"num_heads", 4}, {"expand_v", 1.0}};
+  if (!options.mixer.empty()) {
+    block.mixer = options.mixer;
+    for (const char* key : {"head_dim", "num_heads", "expand_v"}) {
+      if (std::find(known.begin(), known.end(), key) == known.end()) block.mixer_options.erase(key);
+    }
+  }
   subject.config.blocks.assign(4, block);
   subject.config.hidden_size = 256;
   subject.config.intermediate_size = 768;

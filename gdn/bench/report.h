@@ -20,6 +20,7 @@ struct Options {
   bool json = false;             // one JSON object on stdout instead of the table
   std::string out;               // "": no file
   std::string config;            // TOML of a run: the model of train and decode
+  std::string mixer;             // train and decode: in place of the model's own; "": none
   std::string dtype = "all";     // fp32, bf16, all
   int64_t tokens = 512;          // decode: how many
   int64_t interval = 0;          // decode: tokens per line; 0: 8 lines

@@ -43,6 +43,10 @@ void add_bench_command(CLI::App& app, Run& run) {
   command->add_option("-c,--config", o.config,
                       "TOML file of a run: the model and batch of train and decode; default: 3.96 "
                       "M parameters, 4 layers of width 256");
+  command
+      ->add_option("--mixer", o.mixer,
+                   "train, decode: this mixer in place of the model's, with the options it shares")
+      ->type_name("NAME");
   command->add_option("-n,--tokens", o.tokens, "decode: how many tokens")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->capture_default_str();

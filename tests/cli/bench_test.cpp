@@ -86,6 +86,24 @@ TEST_F(Bench, DecodeShowsTimeAndMemoryAlongALongContext) {
   EXPECT_GT(rows[0]["process MiB"].get<double>(), 0);
 }
 
+TEST_F(Bench, DecodeTakesAnotherMixerWithTheOptionsItShares) {
+  const Result result = call({"bench", "decode", "--config", config(), "--mixer", "titans_lmm",
+                              "--dtype", "fp32", "--tokens", "20", "--threads", "1"});
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("with titans_lmm"));
+  const auto state = [&](std::initializer_list<std::string> more) {
+    std::vector<std::string> words = {"bench", "decode", "--dtype",   "fp32", "--tokens",
+                                      "20",    "--json", "--threads", "1"};
+    words.insert(words.end(), more);
+    return rows_of(call(words))[0]["state KiB"].get<int64_t>();
+  };
+  // 4 layers of 4 heads: 64 x 64 numbers each and the inputs of convolutions; for the memory three
+  // times 2 x 64 x 256.
+  EXPECT_EQ(state({"--mixer", "gated_delta_net"}), state({}));
+  EXPECT_GT(state({"--mixer", "titans_lmm"}), 4 * 4 * 3 * 2 * 64 * 256 * 4 / 1024);
+  EXPECT_EQ(call({"bench", "decode", "--mixer", "no_such_mixer"}).status, 2);
+}
+
 TEST_F(Bench, OpsTakesAFilterAndComparesWithTorch) {
   const json rows = rows_of(call({"bench", "ops", "--filter", "SwiGLU bf16", "--seconds", "0.001",
                                   "--threads", "1", "--json"}));
