@@ -112,7 +112,7 @@ struct MixerInfo {
   std::string name;                  // as in configurations: "gated_delta_net"
   std::string title;                 // "Gated DeltaNet"
   std::string paper;                 // "arXiv 2412.06464"
-  std::vector<std::string> forms;    // of "naive", "chunk", "recurrent", "step"
+  std::vector<std::string> forms;    // of "naive", "chunk", "convolution", "recurrent", "step"
   std::vector<std::string> devices;  // "cpu", "cuda"
   std::vector<MixerOption> options;
   std::shared_ptr<Mixer> (*make)(const MixerArgs&);

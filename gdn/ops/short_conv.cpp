@@ -9,6 +9,7 @@
 
 #include <string>
 
+#include "gdn/ops/in_place.h"
 #include "gdn/ops/short_conv.h"
 
 namespace gdn::ops {
@@ -249,14 +250,10 @@ struct CausalConv1d : torch::autograd::Function<CausalConv1d> {
 Tensor causal_conv1d_update_autograd(const Tensor& x, Tensor& conv_state, const Tensor& weight,
                                      const optional<Tensor>& bias, const optional<Tensor>& slots,
                                      optional<string_view> activation) {
-  GDN_CHECK(!wants_grad(x, conv_state, weight, bias),
-            "[causal_conv1d_update_] the in-place step has no gradient: call it under "
-            "torch.no_grad(), or use "
-            "causal_conv1d with initial_state");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor y = causal_conv1d_update_(x, conv_state, weight, bias, slots, activation);
-  if (!conv_state.is_inference()) conv_state.unsafeGetTensorImpl()->bump_version();
-  return y;
+  return step_in_place(
+      "causal_conv1d_update_", "causal_conv1d with initial_state",
+      wants_grad(x, conv_state, weight, bias), {&conv_state},
+      [&] { return causal_conv1d_update_(x, conv_state, weight, bias, slots, activation); });
 }
 
 }  // namespace

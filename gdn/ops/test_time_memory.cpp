@@ -15,6 +15,7 @@
 
 #include "gdn/kernels/test_time_memory/memory.h"
 #include "gdn/ops/common.h"
+#include "gdn/ops/in_place.h"
 
 namespace gdn::ops {
 namespace {
@@ -475,15 +476,11 @@ Tensor memory_step_autograd(const OptionalList& inputs, Tensor& memory, Tensor& 
                             at::ArrayRef<double> scales) {
   bool wanted = wants_grad(memory, momentum, gradient_at);
   for (const Tensor& t : Present(inputs).tensors) wanted = wanted || wants_grad(t);
-  GDN_CHECK(!wanted,
-            "[test_time_memory_step_] the in-place step has no gradient: call it under "
-            "torch.no_grad(), or use test_time_memory");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor o =
-      call_step(inputs, memory, momentum, gradient_at, slots, rule, activation, sizes, scales);
-  for (Tensor* t : {&memory, &momentum, &gradient_at})
-    if (!t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
-  return o;
+  return step_in_place("test_time_memory_step_", "test_time_memory", wanted,
+                       {&memory, &momentum, &gradient_at}, [&] {
+                         return call_step(inputs, memory, momentum, gradient_at, slots, rule,
+                                          activation, sizes, scales);
+                       });
 }
 
 }  // namespace

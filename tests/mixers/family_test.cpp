@@ -364,6 +364,47 @@ TEST(Family, TheExamplesOfTheReadmesAreValid) {
   }
 }
 
+// A beta above 1 times a long key would turn the erased direction over and make it longer with
+// every token. gated_write refuses that pair of options; the others cannot be asked for it, as
+// their keys always get length 1 (by qk_norm = "sum" at most that). Inputs a hundred times too
+// large show it.
+TEST(Family, KeysThatEraseHaveAtMostLengthOne) {
+  c10::NoGradGuard no_grad;
+  const json strong = {{"allow_neg_eigval", true}, {"use_short_conv", false}};
+  json by_sum = strong;
+  by_sum.update({{"qk_norm", "sum"}, {"qk_activation", "relu"}});
+  const std::vector<std::pair<const char*, json>> cases = {
+      {"delta_net", strong},
+      {"delta_net", by_sum},
+      {"gated_delta_net", strong},
+      {"gated_delta_net_2", strong},
+      {"gated_delta_product", strong},
+      {"kimi_delta_attention", strong},
+      {"dplr", {{"use_short_conv", false}}},
+      {"gated_write", {{"use_short_conv", false}}},
+      {"gated_write", {{"use_short_conv", false}, {"gate_shape", "key"}}},
+      {"rwkv7", json::object()}};
+  for (const auto& [name, options] : cases) {
+    for (const bool naive : {false, true}) {
+      torch::manual_seed(7);
+      const auto mixer = make(name, 16, options);
+      mixer->use_naive(naive);
+      for (auto& p : mixer->named_parameters()) {  // nothing is forgotten
+        if (p.key() == "A_log") p.value().fill_(-30);
+      }
+      State state = mixer->zero_state(1, at::kFloat);
+      Context ctx;
+      Shared shared;
+      ctx.state = &state;
+      ctx.shared = &shared;
+      mixer->forward(at::randn({1, 100, 16}) * 100, ctx);
+      const double largest = state["recurrent"].abs().max().item<double>();
+      EXPECT_GT(largest, 1e-3) << name << options;
+      EXPECT_LT(largest, 1e5) << name << options << " naive " << naive;
+    }
+  }
+}
+
 TEST(Family, FreeLowRankPartsKeepTheStateBounded) {
   // Without decay and with strong low-rank parts that point anywhere, an input that is over must
   // not be amplified: the transition's norm is at most 1.

@@ -250,6 +250,28 @@ std::vector<MixerOption> safe_gate_options() {
           {"lower_bound", kDefaultLowerBound, "the strongest decay of the safe gate, in [-5,0)"}};
 }
 
+LowRankDecay::LowRankDecay(torch::nn::Module& owner, const HeadSizes& sizes, int64_t hidden_size)
+    : f_proj_(owner.register_module(
+          "f_proj", std::make_shared<LowRank>(hidden_size, sizes.V, sizes.HV * sizes.K, false))) {}
+
+void LowRankDecay::add_parameters(torch::nn::Module& owner, const Options& options,
+                                  const HeadSizes& sizes) {
+  decay_ = ChannelDecay(owner, options, sizes.HV, sizes.K);
+}
+
+at::Tensor LowRankDecay::forward(const at::Tensor& x, bool naive) const {
+  return decay_.forward(f_proj_->forward(x), naive);
+}
+
+std::vector<MixerOption> low_rank_decay_options(double share) {
+  return joined({{mode_option()},
+                 head_dim_options(share, 1.0),
+                 conv_options(),
+                 {neg_eigval_option()},
+                 safe_gate_options(),
+                 {norm_eps_option()}});
+}
+
 at::Tensor feature_map(std::string_view name, const at::Tensor& x) {
   if (name == "relu") return at::relu(x);
   if (name == "elu") return at::elu(x) + 1.0;
@@ -258,6 +280,13 @@ at::Tensor feature_map(std::string_view name, const at::Tensor& x) {
 
 at::Tensor l2norm(const at::Tensor& x, bool naive) {
   return naive ? naive::l2norm(x) : ops::l2norm(x);
+}
+
+void normalize_qk(DeltaInputs& in, bool naive) {
+  in.qk_l2norm = !naive;  // without an op of its own: one pass over memory less
+  if (!naive) return;
+  in.q = l2norm(in.q, true);
+  in.k = l2norm(in.k, true);
 }
 
 at::Tensor run_delta_rule(const DeltaInputs& in, std::string_view form, StateAccess& state) {
@@ -271,16 +300,17 @@ at::Tensor run_delta_rule(const DeltaInputs& in, std::string_view form, StateAcc
       };
       o = ops::delta_rule_step_(in.q.select(1, t), in.k.select(1, t), in.v.select(1, t), at_t(in.g),
                                 at_t(in.beta), at_t(in.a), at_t(in.p), state.pool("recurrent"),
-                                slots, in.scale, in.erase);
+                                slots, in.scale, in.erase, in.qk_l2norm);
     }
     return o.unsqueeze(1);
   }
   ops::OptionalTensor initial, cu_seqlens;
   if (state.given()) initial = state.read("recurrent").to(ops::acc_type(in.q.scalar_type()));
   if (state.cu_seqlens().defined()) cu_seqlens = state.cu_seqlens() * in.steps;
-  auto [o, final_state, saved] = ops::delta_rule(
-      in.q, in.k, in.v, in.g, in.beta, in.a, in.p, in.scale, initial, cu_seqlens,
-      /*output_final_state=*/state.given(), in.erase, form, /*chunk_size=*/0, /*save=*/false);
+  auto [o, final_state, saved] =
+      ops::delta_rule(in.q, in.k, in.v, in.g, in.beta, in.a, in.p, in.scale, initial, cu_seqlens,
+                      /*output_final_state=*/state.given(), in.erase, form, /*chunk_size=*/0,
+                      /*save=*/false, in.qk_l2norm);
   if (state.given()) state.write("recurrent", final_state);
   if (in.steps == 1) return o;
   const int64_t B = o.size(0), T = o.size(1) / in.steps;

@@ -131,6 +131,24 @@ class ChannelDecay {
 
 std::vector<MixerOption> safe_gate_options();
 
+// ChannelDecay of the low-rank projection f_proj of a layer's input.
+class LowRankDecay {
+ public:
+  LowRankDecay() = default;
+  // Registers f_proj.
+  LowRankDecay(torch::nn::Module& owner, const HeadSizes& sizes, int64_t hidden_size);
+  // Registers A_log and dt_bias, which stand behind other parameters.
+  void add_parameters(torch::nn::Module& owner, const Options& options, const HeadSizes& sizes);
+  at::Tensor forward(const at::Tensor& x /* [B,T,D] */, bool naive) const;  // [B,T,HV,K]
+
+ private:
+  std::shared_ptr<LowRank> f_proj_;
+  ChannelDecay decay_;
+};
+
+// The options of layers with such a decay, a beta and a normed output.
+std::vector<MixerOption> low_rank_decay_options(double share);
+
 // "relu", "elu" (plus 1, so that it is positive), "silu" or "identity", by elements.
 at::Tensor feature_map(std::string_view name, const at::Tensor& x);
 
@@ -149,7 +167,11 @@ struct DeltaInputs {
   // Above 1 the engine's tokens are steps of which this many make one token: T is steps times that
   // of o, and o is what the last step reads.
   int64_t steps = 1;
+  bool qk_l2norm = false;  // the engine divides rows of q and k by their length first
 };
+
+// Rows of q and k get length 1: in the engine, or with naive in its definition.
+void normalize_qk(DeltaInputs& in, bool naive);
 
 // o [B,T,HV,V], from and to the entry "recurrent" where the call has a state. form: "chunk",
 // "recurrent" or "naive"; a decoding step always works in place on the pool.

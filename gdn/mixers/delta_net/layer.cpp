@@ -27,10 +27,10 @@ DeltaNet::DeltaNet(const MixerArgs& args) : DeltaMixer(kName, args) {
   add_output(options, args, {"o_norm", options.flag("use_gate") ? "silu" : ""});
 }
 
-// The activation, where it is not the convolutions' SiLU, and the norm over each head.
-at::Tensor DeltaNet::normalize(const at::Tensor& qk) const {
+// The activation, where it is not the convolutions' SiLU, and the norm by the sum of each head.
+at::Tensor DeltaNet::activate(const at::Tensor& qk) const {
   const at::Tensor x = qk_activation_ == "silu" ? qk : feature_map(qk_activation_, qk);
-  if (qk_norm_ == "l2") return l2norm(x, naive_);
+  if (qk_norm_ == "l2") return x;  // normalize_qk follows
   // relu may leave a vector of zeros
   const at::Tensor sum = x.sum(-1, /*keepdim=*/true);
   return x / (qk_activation_ == "relu" ? sum.clamp_min(1e-6) : sum);
@@ -38,8 +38,9 @@ at::Tensor DeltaNet::normalize(const at::Tensor& qk) const {
 
 DeltaInputs DeltaNet::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
-  in.q = normalize(in.q);
-  in.k = normalize(in.k);
+  in.q = activate(in.q);
+  in.k = activate(in.k);
+  if (qk_norm_ == "l2") normalize_qk(in, naive_);
   if (use_beta_) in.beta = write_strength(b_proj_->forward(x), allow_neg_eigval_, naive_);
   return in;
 }

@@ -19,7 +19,7 @@ class DeltaNet : public DeltaMixer {
   DeltaInputs inputs(const at::Tensor& x, StateAccess& state) override;
 
  private:
-  at::Tensor normalize(const at::Tensor& qk) const;
+  at::Tensor activate(const at::Tensor& qk) const;
 
   bool use_beta_, allow_neg_eigval_;
   std::string qk_activation_, qk_norm_;

@@ -19,12 +19,11 @@ Dplr::Dplr(const MixerArgs& args) : DeltaMixer(kName, args) {
   free_ = options.text("low_rank", {"tied", "free"}) == "free";
 
   add_qkv(D);
-  f_proj_ = register_module("f_proj",
-                            std::make_shared<LowRank>(D, sizes_.V, sizes_.HV * sizes_.K, false));
+  decay_ = LowRankDecay(*this, sizes_, D);
   a_proj_ = add_linear(*this, "a_proj", D, sizes_.key_dim());
   b_proj_ = add_linear(*this, "b_proj", D, sizes_.key_dim());
   if (free_) s_proj_ = add_linear(*this, "s_proj", D, sizes_.H, /*with_bias=*/true);
-  decay_ = ChannelDecay(*this, options, sizes_.HV, sizes_.K);
+  decay_.add_parameters(*this, options, sizes_);
   add_convolution(options);
   add_output(options, args, {"o_norm", options.flag("use_gate") ? "silu" : ""});
 }
@@ -33,9 +32,8 @@ DeltaInputs Dplr::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
   const auto sizes = in.k.sizes().vec();
   const at::ScalarType dtype = in.k.scalar_type(), acc = ops::acc_type(dtype);
-  in.q = l2norm(in.q, naive_);
-  in.k = l2norm(in.k, naive_);
-  in.g = decay_.forward(f_proj_->forward(x), naive_);
+  normalize_qk(in, naive_);
+  in.g = decay_.forward(x, naive_);
   // S = (Diag(d) - a b^T) S + k v^T; the engine's erase key is b, and -a is what writes it.
   const at::Tensor b = l2norm(b_proj_->forward(x).view(sizes), naive_);
   const at::Tensor a = a_proj_->forward(x).view(sizes);

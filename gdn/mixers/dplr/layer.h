@@ -19,9 +19,8 @@ class Dplr : public DeltaMixer {
 
  private:
   bool free_;
-  std::shared_ptr<LowRank> f_proj_;
   std::shared_ptr<Linear> a_proj_, b_proj_, s_proj_;
-  ChannelDecay decay_;
+  LowRankDecay decay_;
 };
 
 MixerInfo dplr_info();

@@ -31,8 +31,7 @@ GatedDeltaNet::GatedDeltaNet(const MixerArgs& args) : DeltaMixer(kName, args) {
 
 DeltaInputs GatedDeltaNet::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
-  in.q = l2norm(in.q, naive_);
-  in.k = l2norm(in.k, naive_);
+  normalize_qk(in, naive_);
   const std::vector<at::Tensor> gates = forward_all(x, {a_proj_.get(), b_proj_.get()});
   in.g = decay_.forward(gates[0], naive_);
   in.beta = write_strength(gates[1], allow_neg_eigval_, naive_);

@@ -16,11 +16,10 @@ GatedDeltaNet2::GatedDeltaNet2(const MixerArgs& args) : DeltaMixer(kName, args) 
   allow_neg_eigval_ = options.flag("allow_neg_eigval");
 
   add_qkv(D);
-  f_proj_ = register_module("f_proj",
-                            std::make_shared<LowRank>(D, sizes_.V, sizes_.HV * sizes_.K, false));
+  decay_ = LowRankDecay(*this, sizes_, D);
   b_proj_ = add_linear(*this, "b_proj", D, sizes_.key_dim());
   w_proj_ = add_linear(*this, "w_proj", D, sizes_.value_dim());
-  decay_ = ChannelDecay(*this, options, sizes_.HV, sizes_.K);
+  decay_.add_parameters(*this, options, sizes_);
   add_convolution(options);
   add_output(options, args, {"o_norm", "sigmoid", sizes_.V});
 }
@@ -29,7 +28,7 @@ DeltaInputs GatedDeltaNet2::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
   in.q = l2norm(in.q, naive_);
   in.k = l2norm(in.k, naive_);
-  in.g = decay_.forward(f_proj_->forward(x), naive_);
+  in.g = decay_.forward(x, naive_);
   // Gates of single channels stand where the others have one beta: on the erase key and on v.
   const at::Tensor erase = write_strength(b_proj_->forward(x), allow_neg_eigval_, naive_);
   const at::Tensor write = write_strength(w_proj_->forward(x), false, naive_);
@@ -46,12 +45,7 @@ MixerInfo gated_delta_net_2_info() {
       "arXiv 2605.22791",
       {"naive", "chunk", "recurrent", "step"},
       {"cpu"},
-      joined({{mode_option()},
-              head_dim_options(kKeyShare, 1.0),
-              conv_options(),
-              {neg_eigval_option()},
-              safe_gate_options(),
-              {norm_eps_option()}}),
+      low_rank_decay_options(kKeyShare),
       [](const MixerArgs& args) -> std::shared_ptr<Mixer> {
         return std::make_shared<GatedDeltaNet2>(args);
       },

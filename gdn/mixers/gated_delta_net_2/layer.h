@@ -20,9 +20,8 @@ class GatedDeltaNet2 : public DeltaMixer {
 
  private:
   bool allow_neg_eigval_;
-  std::shared_ptr<LowRank> f_proj_;
   std::shared_ptr<Linear> b_proj_, w_proj_;
-  ChannelDecay decay_;
+  LowRankDecay decay_;
 };
 
 MixerInfo gated_delta_net_2_info();

@@ -32,7 +32,7 @@ GatedDeltaProduct::GatedDeltaProduct(const MixerArgs& args) : DeltaMixer(kName, 
 DeltaInputs GatedDeltaProduct::inputs(const at::Tensor& x, StateAccess& state) {
   const int64_t B = x.size(0), T = x.size(1);
   DeltaInputs in = project(x, state);  // k and v have T * steps_ tokens
-  in.k = l2norm(in.k, naive_);
+  normalize_qk(in, naive_);
   in.beta = write_strength(b_proj_->forward(x), allow_neg_eigval_, naive_)
                 .view({B, T * steps_, sizes_.HV});
   // The decay is the first step's, the query the last one's.
@@ -41,7 +41,7 @@ DeltaInputs GatedDeltaProduct::inputs(const at::Tensor& x, StateAccess& state) {
     in.g =
         at::constant_pad_nd(g.unsqueeze(2), {0, 0, 0, steps_ - 1}).view({B, T * steps_, sizes_.HV});
   }
-  in.q = at::constant_pad_nd(l2norm(in.q, naive_).unsqueeze(2), {0, 0, 0, 0, steps_ - 1, 0})
+  in.q = at::constant_pad_nd(in.q.unsqueeze(2), {0, 0, 0, 0, steps_ - 1, 0})
              .view({B, T * steps_, sizes_.H, sizes_.K});
   in.steps = steps_;
   return in;

@@ -37,9 +37,11 @@ GatedWrite::GatedWrite(const MixerArgs& args) : DeltaMixer(kName, args) {
 
 DeltaInputs GatedWrite::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = project(x, state);
-  if (normalize_) {
+  if (normalize_ && shape_ == "key") {  // k is written times its gate, and must be normal before
     in.q = l2norm(in.q, naive_);
     in.k = l2norm(in.k, naive_);
+  } else if (normalize_) {
+    normalize_qk(in, naive_);
   }
   const at::Tensor gate = write_strength(w_proj_->forward(x), false, naive_) * learning_rate_;
   if (shape_ == "key") {

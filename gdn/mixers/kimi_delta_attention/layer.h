@@ -20,9 +20,8 @@ class KimiDeltaAttention : public DeltaMixer {
 
  private:
   bool allow_neg_eigval_;
-  std::shared_ptr<LowRank> f_proj_;
   std::shared_ptr<Linear> b_proj_;
-  ChannelDecay decay_;
+  LowRankDecay decay_;
 };
 
 MixerInfo kimi_delta_attention_info();

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gdn/mixers/mamba/kernel.h"
+#include "gdn/ops/in_place.h"
 
 namespace gdn::ops {
 namespace {
@@ -299,14 +300,11 @@ Tensor selective_scan_step_autograd(const Tensor& x, const Tensor& dt, const Ten
                                     const optional<Tensor>& dt_bias, Tensor& state,
                                     const optional<Tensor>& slots, bool softplus,
                                     bool signed_transition) {
-  GDN_CHECK(!wants_grad(x, dt, A, B, C, D, dt_bias, state),
-            "[selective_scan_step_] the in-place step has no gradient: call it under "
-            "torch.no_grad(), or use selective_scan with initial_state");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor y =
-      selective_scan_step_(x, dt, A, B, C, D, dt_bias, state, slots, softplus, signed_transition);
-  if (!state.is_inference()) state.unsafeGetTensorImpl()->bump_version();
-  return y;
+  return step_in_place("selective_scan_step_", "selective_scan with initial_state",
+                       wants_grad(x, dt, A, B, C, D, dt_bias, state), {&state}, [&] {
+                         return selective_scan_step_(x, dt, A, B, C, D, dt_bias, state, slots,
+                                                     softplus, signed_transition);
+                       });
 }
 
 }  // namespace

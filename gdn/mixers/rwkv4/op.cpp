@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "gdn/mixers/rwkv4/kernel.h"
+#include "gdn/ops/in_place.h"
 
 namespace gdn::ops {
 namespace {
@@ -221,13 +222,8 @@ Outputs wkv_autograd(const Tensor& w, const Tensor& u, const Tensor& k, const Te
 
 Tensor wkv_step_autograd(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                          Tensor& state, const optional<Tensor>& slots) {
-  GDN_CHECK(!wants_grad(w, u, k, v, state),
-            "[wkv_step_] the in-place step has no gradient: call it under torch.no_grad(), or use "
-            "wkv with initial_state");
-  at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor y = wkv_step_(w, u, k, v, state, slots);
-  if (!state.is_inference()) state.unsafeGetTensorImpl()->bump_version();
-  return y;
+  return step_in_place("wkv_step_", "wkv with initial_state", wants_grad(w, u, k, v, state),
+                       {&state}, [&] { return wkv_step_(w, u, k, v, state, slots); });
 }
 
 }  // namespace
