@@ -97,7 +97,7 @@ std::vector<Problem> problems() {
     p.starts = true;
   }
   {
-    Problem& p = add("lmm_clip_norm", lmm(1, 4));
+    Problem& p = add("lmm_clip_norm", lmm(1, 4, 2));
     p.config.clip = 0.7;
     p.norm = true;
   }
@@ -311,6 +311,33 @@ TEST_P(TestTimeMemory, StepsEqualTheTokenLoop) {
 
 INSTANTIATE_TEST_SUITE_P(Problems, TestTimeMemory, ::testing::ValuesIn(problems()),
                          [](const auto& info) { return info.param.label; });
+
+TEST(TestTimeMemoryOps, TttBeginsAMiniBatchWithoutASum) {
+  for (const int64_t T : {2, 6}) {  // whatever the state holds
+    torch::manual_seed(6);
+    const MemoryConfig config = ttt(1, 4);
+    MemoryTensors in;
+    in.q = normal({1, T, 1, 5});
+    in.k = normal({1, T, 1, 5});
+    in.v = normal({1, T, 1, 5});
+    in.rate = at::rand({1, T, 1}, at::kDouble) * 0.1;
+    in.tau = 1 / at::arange(1, 5, at::kDouble);
+    in.memory = normal({1, 1, 30});
+    in.position = at::tensor({int64_t{8}}, at::kLong);
+    const std::vector<Tensor> expected = {test_time_memory(in, config, true).o,
+                                          test_time_memory(in, config, true).momentum};
+    in.momentum = normal({1, 1, 30}).requires_grad_();
+    const MemoryResult y = test_time_memory(in, config, true);
+    expect_near(y.o, expected[0], 0, "o");
+    expect_near(y.momentum, expected[1], 0, "momentum");
+    const auto d =
+        torch::autograd::grad({y.o.sum(), y.momentum.sum()}, {in.momentum}, {}, {}, false,
+                              /*allow_unused=*/true);
+    if (d[0].defined()) {
+      EXPECT_EQ(d[0].abs().max().item<double>(), 0);
+    }
+  }
+}
 
 TEST(TestTimeMemoryOps, SinglePrecisionAndHalvesStayNear) {
   torch::manual_seed(5);
