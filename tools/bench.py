@@ -94,7 +94,7 @@ def run(build: pathlib.Path, quick: bool, only: list[str]) -> int:
                 if done.returncode != 0:
                     raise RuntimeError(f"exit status {done.returncode}")
                 result["parts"][name] = json.loads(out.read_text())
-                save(result)  # so that a run that is stopped keeps what it has
+                save(result, keep=bool(only))  # so that a run that is stopped keeps what it has
             except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
                 result["failed"][name] = str(error)
                 print(f"{name}: failed: {error}", file=sys.stderr)
@@ -102,11 +102,12 @@ def run(build: pathlib.Path, quick: bool, only: list[str]) -> int:
     if not result["parts"]:
         print("no benchmark ran", file=sys.stderr)
         return 1
-    print(f"wrote {save(result).relative_to(ROOT)}")
+    print(f"wrote {save(result, keep=bool(only)).relative_to(ROOT)}")
     return 1 if result["failed"] else 0
 
 
-def save(result: dict) -> pathlib.Path:
+def save(result: dict, keep: bool) -> pathlib.Path:
+    """Writes the machine's file; `keep`: with the parts of the file so far that were not measured now."""
     for part in result["parts"].values():
         if isinstance(part, dict) and isinstance(part.get("machine"), dict):
             result["machine"], result["versions"] = part["machine"], part["versions"]
@@ -114,6 +115,11 @@ def save(result: dict) -> pathlib.Path:
     machine = result.get("machine", {"cpu": "unknown", "cores": len(os.sched_getaffinity(0))})
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{slug(machine['cpu'])}-{machine['cores']}-cpus.json"
+    if keep and path.exists():
+        old = json.loads(path.read_text())
+        parts_ = old["parts"] | result["parts"]
+        failed = {name: why for name, why in (old["failed"] | result["failed"]).items() if name not in result["parts"]}
+        result = result | {"parts": parts_, "failed": failed}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
@@ -571,7 +577,8 @@ def main() -> int:
     measure = commands.add_parser("run", help="run the benchmarks")
     measure.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
     measure.add_argument("--quick", action="store_true", help="short measurements: to see that everything works")
-    measure.add_argument("--only", nargs="+", default=[], metavar="PART", help="e.g. ceilings ops 'engine 1' peers")
+    only = "e.g. ceilings ops 'engine 1' peers; the other parts of the machine's file are kept"
+    measure.add_argument("--only", nargs="+", default=[], metavar="PART", help=only)
     write = commands.add_parser("report", help="write the document's tables and pictures")
     write.add_argument("--results", type=pathlib.Path, help="default: the newest in bench/results")
     args = parser.parse_args()
