@@ -151,14 +151,6 @@ void replace(State& state, const std::vector<std::string>& names, const std::vec
 
 }  // namespace
 
-at::Tensor visible_keys(int64_t T, int64_t S, int64_t window, const at::Tensor& like) {
-  const auto options = like.options().dtype(at::kLong);
-  const at::Tensor query = at::arange(S - T, S, options).unsqueeze(1);
-  const at::Tensor key = at::arange(S, options).unsqueeze(0);
-  const at::Tensor past = key <= query;
-  return window > 0 ? past.logical_and(key > query - window) : past;
-}
-
 at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              int64_t window, bool naive) {
   const int64_t T = q.size(1), S = k.size(1);
@@ -170,15 +162,12 @@ at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at:
   }
   if (!windowed && S == T) return scaled_dot_product(q, k, v, std::nullopt, true);
   if (!windowed) return scaled_dot_product(q, k, v, visible_keys(T, S, 0, q), false);
-  // Blocks of queries with the keys they can see, so that the cost grows with T times the window.
-  const int64_t block = std::max<int64_t>(window, 64);
+  const std::vector<at::Tensor> queries = query_blocks(q, window), keys = key_blocks(k, T, window),
+                                values = key_blocks(v, T, window);
   std::vector<at::Tensor> outs;
-  for (int64_t begin = 0; begin < T; begin += block) {
-    const int64_t end = std::min(begin + block, T);
-    const int64_t last = S - T + end, first = std::max<int64_t>(S - T + begin - window + 1, 0);
-    outs.push_back(scaled_dot_product(q.slice(1, begin, end), k.slice(1, first, last),
-                                      v.slice(1, first, last),
-                                      visible_keys(end - begin, last - first, window, q), false));
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const at::Tensor visible = visible_keys(queries[i].size(1), keys[i].size(1), window, q);
+    outs.push_back(scaled_dot_product(queries[i], keys[i], values[i], visible, false));
   }
   return at::cat(outs, 1);
 }

@@ -11,6 +11,7 @@
 
 #include "gdn/mixers/attention/cache.h"
 #include "gdn/mixers/common/state_access.h"
+#include "gdn/mixers/common/windows.h"
 
 namespace gdn {
 
@@ -19,9 +20,6 @@ namespace gdn {
 // Scores are divided by sqrt(K).
 at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              int64_t window, bool naive);
-
-// Whether query i of T may see key j of S (bool [T,S]), the last query being the last key.
-at::Tensor visible_keys(int64_t T, int64_t S, int64_t window, const at::Tensor& like);
 
 // Rotates the first rotary_dim dimensions of each head of x [B,T,H,D], at positions from
 // `position` on.

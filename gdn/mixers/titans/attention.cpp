@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "gdn/mixers/common/delta_layer.h"
+#include "gdn/mixers/common/windows.h"
 #include "gdn/ops/common.h"
 #include "gdn/ops/rope.h"
 
@@ -140,23 +141,20 @@ at::Tensor WindowAttention::run(const at::Tensor& q0, const at::Tensor& k0, cons
     keys = all_keys;
     values = all_values;
   }
-  // Blocks of queries with the keys they can see, so that the cost grows with T times the window.
-  const int64_t S = keys.size(1), block = std::max<int64_t>(window_, 64);
+  if (T == 0) return q;
+  const std::vector<at::Tensor> turned = query_blocks(q, window_),
+                                plain = query_blocks(q0, window_),
+                                seen_keys = key_blocks(keys, T, window_),
+                                seen_values = key_blocks(values, T, window_);
   std::vector<at::Tensor> outs;
-  for (int64_t begin = 0; begin < T; begin += block) {
-    const int64_t end = std::min(begin + block, T);
-    const int64_t last = S - T + end, first = std::max<int64_t>(S - T + begin - window_ + 1, 0);
-    at::Tensor visible;
-    if (end - begin > 1) {
-      const at::Tensor i = at::arange(S - T + begin, last, at::kLong).unsqueeze(1);
-      const at::Tensor j = at::arange(first, last, at::kLong).unsqueeze(0);
-      visible = (j <= i).logical_and(j > i - window_);
-    }
-    outs.push_back(attend(q.slice(1, begin, end), q0.slice(1, begin, end),
-                          keys.slice(1, first, last), values.slice(1, first, last), prefix, visible,
-                          naive));
+  for (size_t i = 0; i < turned.size(); ++i) {
+    const int64_t queries = turned[i].size(1);
+    const at::Tensor visible =
+        queries > 1 ? visible_keys(queries, seen_keys[i].size(1), window_, q) : at::Tensor();
+    outs.push_back(
+        attend(turned[i], plain[i], seen_keys[i], seen_values[i], prefix, visible, naive));
   }
-  return outs.empty() ? q : at::cat(outs, 1);
+  return at::cat(outs, 1);
 }
 
 at::Tensor WindowAttention::forward(const at::Tensor& x, const at::Tensor& persistent,

@@ -258,14 +258,17 @@ at::Tensor TitansMac::run(const at::Tensor& x, State& local, int64_t position) {
     auto heads = [&](const at::Tensor& t) { return t.view({-1, num_heads_, head_dim_}); };
     prefix = {heads(k_proj_->forward(persistent)), heads(v_proj_->forward(persistent))};
   }
+  if (x.size(1) == 0) return x;
+  // Cut at once: the gradient of a slice is as long as what it was cut from.
+  std::vector<int64_t> sizes;
+  for (int64_t t = 0; t < x.size(1); t += sizes.back())
+    sizes.push_back(std::min(delay_ - (position + t) % delay_, x.size(1) - t));
   std::vector<at::Tensor> outs;
-  for (int64_t t = 0; t < x.size(1);) {
-    const int64_t at = position + t;
-    const int64_t n = std::min(delay_ - at % delay_, x.size(1) - t);
-    outs.push_back(block(x.narrow(1, t, n), local, at, prefix));
-    t += n;
+  for (const at::Tensor& part : x.split_with_sizes(sizes, 1)) {
+    outs.push_back(block(part, local, position, prefix));
+    position += part.size(1);
   }
-  return outs.empty() ? x : at::cat(outs, 1);
+  return at::cat(outs, 1);
 }
 
 at::Tensor TitansMac::forward(const at::Tensor& x, const Context& ctx) {
