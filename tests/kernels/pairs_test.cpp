@@ -35,6 +35,27 @@ std::vector<float> normal(Rng& rng, size_t n) {
   return v;
 }
 
+TEST_P(Pairs, AgreesWithTheEmulation) { EXPECT_TRUE(agrees_with_emulation(*kernels_)); }
+
+TEST(PairsAgreement, IsDeniedToAWrongProduct) {
+  choose_pairs("emulated");
+  static const PairKernels right = *pair_kernels();
+  choose_pairs(std::getenv("GDN_BF16"));
+  PairKernels wrong = right;
+  wrong.product = [](const PairProduct& p) {  // writes one number beside C
+    right.product(p);
+    p.c[p.n] += 1.0f;
+  };
+  EXPECT_FALSE(agrees_with_emulation(wrong));
+  wrong.product = [](const PairProduct& p) {  // forgets the factors
+    PairProduct q = p;
+    q.keep = nullptr;
+    right.product(q);
+  };
+  EXPECT_FALSE(agrees_with_emulation(wrong));
+  EXPECT_TRUE(agrees_with_emulation(right));
+}
+
 TEST_P(Pairs, ProductEqualsTheSumInDouble) {
   Rng rng(1);
   struct Size {

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string_view>
+#include <vector>
 
 #include "gdn/kernels/simd/targets.h"
 
@@ -246,7 +247,10 @@ bool has_amx() {
     constexpr uint32_t kBf16 = 1u << 22, kTile = 1u << 24;
     if ((d & kBf16) == 0 || (d & kTile) == 0 || !has_avx512_bf16()) return false;
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return false;
+    if (agrees_with_emulation(kAmx)) return true;
+    std::fprintf(stderr, "gdn: AMX multiplies wrongly on this processor; not using it\n");
+    return false;
   }();
   return has;
 }
@@ -272,6 +276,36 @@ std::atomic<const PairKernels*> chosen{&kDefault};
 const bool chosen_at_start = choose_pairs(std::getenv("GDN_BF16"));
 
 }  // namespace
+
+bool agrees_with_emulation(const PairKernels& kernels) {
+  // Blocks of four tiles and of one; a wider row of C than is written, to see what lies beside.
+  constexpr size_t kM = 48, kN = 48, kK = 64, kLdc = kN + 16;
+  std::vector<float> rows(kM * kK), columns(kK * kN), keep(kM), expected(kM * kLdc), c;
+  const auto small = [](size_t i, size_t step) { return static_cast<float>(i * step % 9) - 4.0f; };
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = small(i, 7);
+  for (size_t i = 0; i < columns.size(); ++i) columns[i] = small(i, 5);
+  for (size_t i = 0; i < kM; ++i) keep[i] = 0.5f * static_cast<float>(i % 3);
+  for (size_t i = 0; i < expected.size(); ++i) expected[i] = small(i, 2);
+  c = expected;
+  std::vector<BFloat16> a(rows.size());
+  std::vector<uint32_t> b(kK / 2 * kN);
+  emulated_round({kM, kK, rows.data(), kK}, a.data(), kK);
+  emulated_pack({kK, kN, columns.data(), kN}, b.data(), kN);
+  PairProduct p = {kM, kN, kK, a.data(), kK, b.data(), kN, expected.data(), kLdc};
+  const auto both = [&](const PairKernels& k, float* out) {
+    p.c = out;
+    p.keep = nullptr;
+    k.product(p);
+    p.keep = keep.data();
+    p.keep_step = 1;
+    k.product(p);
+  };
+  both(kEmulated, expected.data());
+  kernels.begin();
+  both(kernels, c.data());
+  kernels.end();
+  return c == expected;
+}
 
 bool choose_pairs(const char* name) {
   const std::string_view wanted = name == nullptr ? "" : name;

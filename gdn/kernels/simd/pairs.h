@@ -59,6 +59,10 @@ struct PairKernels {
 // GDN_SIMD leaves out are not used.
 const PairKernels* pair_kernels();
 
+// Whether its product of small whole numbers, which no rounding touches, is that of the emulation.
+// AMX is only used where it passes this at its first use.
+bool agrees_with_emulation(const PairKernels& kernels);
+
 // Chooses by name: amx, avx512, emulated, off; null, "" or auto: the default. Says so on stderr,
 // falls back to the default and returns false where the name is unknown or this CPU lacks what it
 // needs. Loading the kernels calls it with GDN_BF16 of the environment.
