@@ -33,6 +33,8 @@ namespace HWY_NAMESPACE {
 using scan::Span;
 
 inline constexpr int64_t kTile = kScanTile;
+// Tokens to fetch ahead: a token's channels lie too far behind the last one's to be guessed.
+inline constexpr int64_t kAhead = 8;
 
 template <class V>
 struct WkvState {
@@ -47,6 +49,13 @@ HWY_INLINE WkvState<hn::Vec<D>> load_state(D d, const A* from, int64_t channels,
   s.q = hn::LoadU(d, from + channels + c);
   s.o = hn::IfThenElse(hn::Eq(s.q, hn::Zero(d)), s.o, hn::LoadU(d, from + 2 * channels + c));
   return s;
+}
+
+// One that this call has stored.
+template <class D, typename A>
+HWY_INLINE WkvState<hn::Vec<D>> kept_state(D d, const A* tile, int64_t i) {
+  return {hn::LoadU(d, tile + i), hn::LoadU(d, tile + kTile + i),
+          hn::LoadU(d, tile + 2 * kTile + i)};
 }
 
 template <class D, typename A>
@@ -84,21 +93,13 @@ HWY_INLINE void advance(D d, WkvState<V>& s, V w, V k, V v) {
   s.o = e.m;
 }
 
-// The inputs and outputs of one chunk of tokens for a tile of channels, [kWkvChunk, kTile] each.
-template <typename A>
-struct WkvTile {
-  std::vector<A> k, v, y;
-  WkvTile() : k(kWkvChunk * kTile), v(k.size()), y(k.size()) {}
-};
-
-// A task's tiles go along the tokens together, chunk by chunk, so that memory is read in large
-// pieces: whole rows of kWkvChunk tokens where one task has all tiles.
+// A task's tiles go along the tokens together, so that memory is read in large pieces: whole rows
+// where one task has all tiles. Their states stay in L1.
 template <typename T>
 void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
   using A = Acc<T>;
   const int64_t C = p.channels, tiles = (C + kTile - 1) / kTile;
   parallel_for(0, p.num_sequences * tiles, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-    WkvTile<A> tile;
     std::vector<A> states(std::min(tiles, end - begin) * 3 * kTile);
     for (int64_t task = begin, count = 0; task < end; task += count) {
       const int64_t n = task / tiles, from = task % tiles;
@@ -121,25 +122,28 @@ void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
       }
       for (int64_t t = seq.begin; t < seq.end; t += kWkvChunk) {
         const int64_t rows = std::min(seq.end - t, kWkvChunk);
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
-          const int64_t at = t * C + first;
-          load_block(static_cast<const T*>(p.k) + at, C, rows, width, tile.k.data());
-          load_block(static_cast<const T*>(p.v) + at, C, rows, width, tile.v.data());
+        for (int64_t j = 0; keep != nullptr && j < count; ++j) {
           for_channels(j, [&](auto d, int64_t c, int64_t i, A* state) HWY_ATTR {
-            const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + c);
-            const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + c);
-            auto s = load_state(d, state, kTile, i);
-            if (keep != nullptr) store_state(d, s, keep, C, c);
-            for (int64_t r = 0; r < rows; ++r) {
-              const auto k = hn::LoadU(d, tile.k.data() + r * kTile + i);
-              const auto v = hn::LoadU(d, tile.v.data() + r * kTile + i);
-              hn::StoreU(read(d, s, u, k, v), d, tile.y.data() + r * kTile + i);
-              advance(d, s, w, k, v);
-            }
-            store_state(d, s, state, kTile, i);
+            store_state(d, load_state(d, state, kTile, i), keep, C, c);
           });
-          store_block(tile.y.data(), C, rows, width, y + at);
+        }
+        for (int64_t r = t; r < t + rows; ++r) {
+          const T* k_row = static_cast<const T*>(p.k) + r * C;
+          const T* v_row = static_cast<const T*>(p.v) + r * C;
+          const int64_t ahead = (std::min(r + kAhead, seq.end - 1) - r) * C;
+          for (int64_t j = 0; j < count; ++j) {
+            for_channels(j, [&](auto d, int64_t c, int64_t i, A* state) HWY_ATTR {
+              __builtin_prefetch(k_row + ahead + c);
+              __builtin_prefetch(v_row + ahead + c);
+              const auto w = hn::LoadU(d, static_cast<const A*>(p.w) + c);
+              const auto u = hn::LoadU(d, static_cast<const A*>(p.u) + c);
+              const auto k = load_as(d, k_row + c), v = load_as(d, v_row + c);
+              auto s = kept_state(d, state, i);
+              store_as(d, read(d, s, u, k, v), y + r * C + c);
+              advance(d, s, w, k, v);
+              store_state(d, s, state, kTile, i);
+            });
+          }
         }
         if (keep != nullptr) keep += 3 * C;
       }
@@ -171,12 +175,18 @@ HWY_INLINE WkvGradState<hn::Vec<D>> start_gradient(D d, const WkvState<hn::Vec<D
   return {gp, gq, hn::Neg(last.o), largest};
 }
 
-// What backward needs of one chunk beside the inputs: dy, dk, dv [kWkvChunk, kTile], and the states
-// before each token, for one vector of channels.
+// What backward needs of one chunk for a tile of channels: k, v, dy, dk, dv [kWkvChunk, kTile], and
+// the states before each token, for one vector of channels.
 template <typename A>
-struct WkvGradTile : WkvTile<A> {
-  std::vector<A> dy, dk, dv, states;
-  WkvGradTile() : dy(kWkvChunk * kTile), dk(dy.size()), dv(dy.size()), states(3 * dy.size()) {}
+struct WkvGradTile {
+  std::vector<A> k, v, dy, dk, dv, states;
+  WkvGradTile()
+      : k(kWkvChunk * kTile),
+        v(k.size()),
+        dy(k.size()),
+        dk(k.size()),
+        dv(k.size()),
+        states(3 * k.size()) {}
 };
 
 // What a tile carries along the tokens: gradients [4, kTile] and sums [kTile].
