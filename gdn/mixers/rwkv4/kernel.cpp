@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lanes are channels; a task walks along the tokens of one sequence with a tile of channels.
+// Lanes are channels; a task walks along the tokens of one sequence with tiles of channels.
 #include "gdn/kernels/simd/targets.h"
 
 #undef HWY_TARGET_INCLUDE
