@@ -195,7 +195,7 @@ def recall(program, config, mixer, options, args, seed, folder):
     flags = ["--max-iters", args.max_iters, "--max-seconds", args.max_seconds, "--seq-len", args.seq_len]
     flags += ["--batch-size", args.batch_size, "--lr", args.lr, "--seed", seed, "--out-dir", out]
     command = [program, "train", "--config", path, *flags]
-    subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
     result = subprocess.run(
         [program, "eval", "recall", "--model", str(out / "latest"), "--stories", str(args.stories), "--json"],
         check=True,
