@@ -11,6 +11,7 @@
 #include <thread>
 #include <tuple>
 
+#include "gdn/kernels/simd/pairs.h"
 #include "gdn/kernels/simd/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -100,8 +101,6 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 #include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <fstream>
 
@@ -202,15 +201,9 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_work(int64_t rounds) {
   return 4.0 * 16 * kSums * static_cast<double>(rounds);
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-__attribute__((target("amx-tile,amx-bf16"))) double amx_work(int64_t rounds) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+__attribute__((target("amx-tile,amx-bf16"))) double amx_work(const PairKernels& amx,
+                                                             int64_t rounds) {
+  amx.begin();
   alignas(64) static const uint16_t zeros[16 * 32] = {};
   _tile_zero(0);
   _tile_zero(1);
@@ -226,22 +219,8 @@ __attribute__((target("amx-tile,amx-bf16"))) double amx_work(int64_t rounds) {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_release();
+  amx.end();
   return 4.0 * 2 * 16 * 16 * 32 * static_cast<double>(rounds);
-}
-
-// CPUID's bits for AMX tiles with bf16, and Linux's permission to use the tile registers.
-bool has_amx() {
-  uint32_t a = 7, b = 0, c = 0, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  constexpr uint32_t kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
-#ifdef SYS_arch_prctl
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 #endif  // GDN_BENCH_X86
 
@@ -288,7 +267,7 @@ std::optional<double> avx2_fma_gflops(int threads) {
 
 std::optional<double> bf16_gflops(int threads) {
 #if GDN_BENCH_X86
-  if (__builtin_cpu_supports("avx512bf16")) {
+  if (find_pair_kernels("avx512") != nullptr) {
     return 1e-9 * best_rate(threads,
                             [] { return [](int64_t rounds) { return bf16_work(rounds * 1000); }; });
   }
@@ -299,9 +278,10 @@ std::optional<double> bf16_gflops(int threads) {
 
 std::optional<double> amx_gflops(int threads) {
 #if GDN_BENCH_X86
-  if (has_amx()) {
-    return 1e-9 * best_rate(threads,
-                            [] { return [](int64_t rounds) { return amx_work(rounds * 1000); }; });
+  if (const PairKernels* amx = find_pair_kernels("amx")) {
+    return 1e-9 * best_rate(threads, [amx] {
+             return [amx](int64_t rounds) { return amx_work(*amx, rounds * 1000); };
+           });
   }
 #endif
   static_cast<void>(threads);

@@ -259,13 +259,8 @@ const PairKernels* fastest() {
   if (has_amx()) return &kAmx;
   return has_avx512_bf16() && __builtin_cpu_is("amd") ? &kAvx512 : nullptr;
 }
-const PairKernels* find(std::string_view name) {
-  if (name == "amx") return has_amx() ? &kAmx : nullptr;
-  return has_avx512_bf16() ? &kAvx512 : nullptr;
-}
 #else
 const PairKernels* fastest() { return nullptr; }
-const PairKernels* find(std::string_view) { return nullptr; }
 #endif  // GDN_PAIRS_X86
 
 // Stands for the default, which is looked up at the first use: Linux is asked for AMX's registers
@@ -276,6 +271,16 @@ std::atomic<const PairKernels*> chosen{&kDefault};
 const bool chosen_at_start = choose_pairs(std::getenv("GDN_BF16"));
 
 }  // namespace
+
+const PairKernels* find_pair_kernels(std::string_view name) {
+#if GDN_PAIRS_X86
+  if (name == "amx") return has_amx() ? &kAmx : nullptr;
+  if (name == "avx512") return has_avx512_bf16() ? &kAvx512 : nullptr;
+#else
+  static_cast<void>(name);
+#endif
+  return nullptr;
+}
 
 bool agrees_with_emulation(const PairKernels& kernels) {
   // Blocks of four tiles and of one; a wider row of C than is written, to see what lies beside.
@@ -321,7 +326,7 @@ bool choose_pairs(const char* name) {
                  name);
     return false;
   }
-  if (const PairKernels* found = find(wanted)) {
+  if (const PairKernels* found = find_pair_kernels(wanted)) {
     chosen = found;
     return true;
   }

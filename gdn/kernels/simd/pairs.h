@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <string_view>
 
 #include "gdn/base/dtype.h"
 
@@ -58,6 +59,9 @@ struct PairKernels {
 // vdpbf16ps on AMD (Intel's runs at half the rate of fp32 multiply-adds). Instructions that
 // GDN_SIMD leaves out are not used.
 const PairKernels* pair_kernels();
+
+// The backend "amx" or "avx512" where this CPU has it and Linux grants its registers, else null.
+const PairKernels* find_pair_kernels(std::string_view name);
 
 // Whether its product of small whole numbers, which no rounding touches, is that of the emulation.
 // AMX is only used where it passes this at its first use.
