@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "gdn/kernels/carver.h"
 #include "gdn/kernels/delta_rule/common.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"
@@ -88,23 +89,6 @@ HWY_INLINE T normalize_row(size_t width, T* x) {
   scale_rows<T>(1, width, x, nullptr, false, &factor, x);
   return factor;
 }
-
-// Hands out aligned pieces of one block; a first pass with base null finds the block's size.
-class Carver {
- public:
-  explicit Carver(uint8_t* base) : base_(base) {}
-  template <typename T>
-  T* take(size_t count) {
-    T* p = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
 
 // Rows that the next chunk will load or store, brought to L2 a few lines at a time between the
 // products of this chunk: they lie a page apart in memory, where no hardware prefetcher follows.

@@ -18,7 +18,7 @@ namespace HWY_NAMESPACE {
 // Gradients of a chunk's coefficients, and from them those of the gates.
 template <typename T>
 struct CoefficientGrads {
-  void take(MemoryArena& arena, size_t NP_) {
+  void take(Carver& arena, size_t NP_) {
     NP = NP_;
     for (T** m : {&om_t, &H}) *m = arena.take<T>(NP * NP);
     for (T** v : {&read_beta, &read_cc, &lam, &kap, &beta, &cc, &rate, &eta, &alpha})
@@ -99,7 +99,7 @@ struct CoefficientGrads {
 
 template <typename T>
 struct MemoryBackward {
-  MemoryBackward(const MemoryParams& params, int64_t segment, MemoryArena& arena)
+  MemoryBackward(const MemoryParams& params, int64_t segment, Carver& arena)
       : walk(params, arena), p(params), core(walk.core), s(core.s) {
     keys.resize(segment);
     for (auto& key : keys) {

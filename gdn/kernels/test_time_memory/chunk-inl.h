@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "gdn/kernels/carver.h"
 #include "gdn/kernels/simd-inl.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"
@@ -23,23 +24,6 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
-
-// Aligned pieces of one block; with a null base it only counts.
-class MemoryArena {
- public:
-  explicit MemoryArena(uint8_t* base) : base_(base) {}
-  template <typename T>
-  T* take(size_t count) {
-    T* p = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
 
 // For triangular solves without factors.
 template <typename T>
@@ -253,7 +237,7 @@ inline ChunkKind chunk_kind(const MemoryParams& p, int64_t n, int64_t position, 
 // Section "Coefficients" of README.md. Matrices are [NP][NP]; row t, column j.
 template <typename T>
 struct Coefficients {
-  void take(MemoryArena& arena, size_t NP_) {
+  void take(Carver& arena, size_t NP_) {
     NP = NP_;
     for (T** m : {&H, &m_to, &om_t}) *m = arena.take<T>(NP * NP);
     for (T** v :
@@ -344,7 +328,7 @@ struct Coefficients {
 // The token matrices that the key pass leaves: layers' inputs X, the gradients D at their outputs.
 template <typename T>
 struct KeyPass {
-  void take(MemoryArena& arena, const MemoryShape<T>& s, bool clip) {
+  void take(Carver& arena, const MemoryShape<T>& s, bool clip) {
     for (size_t l = 0; l < s.L; ++l) {
       X.push_back(arena.take<T>(s.rows[l] * s.NP));
       Z.push_back(arena.take<T>(s.out[l] * s.NP));
@@ -369,7 +353,7 @@ struct KeyPass {
 
 template <typename T>
 struct MemoryCore {
-  MemoryCore(const MemoryParams& params, MemoryArena& arena) : p(params), s(params) {
+  MemoryCore(const MemoryParams& params, Carver& arena) : p(params), s(params) {
     co.take(arena, s.NP);
     A.push_back(arena.take<T>(s.rows[0] * s.NP));
     for (size_t l = 0; l < s.L; ++l) {

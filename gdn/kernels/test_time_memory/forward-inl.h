@@ -16,7 +16,7 @@ namespace HWY_NAMESPACE {
 // What forward and backward share of walking along a sequence.
 template <typename T>
 struct MemoryWalk {
-  MemoryWalk(const MemoryParams& params, MemoryArena& arena) : p(params), core(params, arena) {
+  MemoryWalk(const MemoryParams& params, Carver& arena) : p(params), core(params, arena) {
     const auto& s = core.s;
     if (p.rule == MemoryRule::kLmm) G = arena.take<T>(s.padded);
     if (p.sequential) strict = arena.take<T>(s.NP * s.NP);
@@ -77,7 +77,7 @@ struct MemoryWalk {
 
 template <typename T>
 struct MemoryForward {
-  MemoryForward(const MemoryParams& params, MemoryArena& arena) : walk(params, arena) {
+  MemoryForward(const MemoryParams& params, Carver& arena) : walk(params, arena) {
     const auto& s = walk.core.s;
     key.take(arena, s, params.clip > 0);
     M = arena.take<T>(s.padded);

@@ -20,9 +20,9 @@ namespace HWY_NAMESPACE {
 // Makes a worker on this thread's scratch memory; a dry construction tells how much it takes.
 template <typename Worker, typename... Args>
 Worker make_memory_worker(const Args&... args) {
-  MemoryArena dry(nullptr);
+  Carver dry(nullptr);
   Worker{args..., dry};
-  MemoryArena arena(delta_rule::thread_scratch(dry.used()));
+  Carver arena(delta_rule::thread_scratch(dry.used()));
   return Worker{args..., arena};
 }
 

@@ -17,7 +17,7 @@ namespace HWY_NAMESPACE {
 
 template <typename T>
 struct MemoryStepper {
-  MemoryStepper(const MemoryStep& step, MemoryArena& arena) : c(step), p(*step.params), s(p) {
+  MemoryStepper(const MemoryStep& step, Carver& arena) : c(step), p(*step.params), s(p) {
     for (size_t l = 0; l < s.L; ++l) {
       x.push_back(arena.take<T>(s.rows[l]));
       a.push_back(arena.take<T>(s.rows[l]));
