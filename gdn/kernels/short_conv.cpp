@@ -14,6 +14,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
+#include "gdn/kernels/sequences.h"
 #include "gdn/kernels/simd-inl.h"
 
 #ifndef GDN_SHORT_CONV_ONCE  // what does not depend on the SIMD target
@@ -25,28 +26,17 @@ namespace gdn::short_conv {
 inline constexpr int64_t kForwardRows = 8, kBackwardRows = 4;
 inline constexpr int64_t kChunk = 512;
 
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-inline Span sequence(const ShortConvParams& p, int64_t n) {
-  if (p.cu_seqlens != nullptr) return {p.cu_seqlens[n], p.cu_seqlens[n + 1]};
-  const int64_t length = p.total_tokens / p.num_sequences;
-  return {n * length, (n + 1) * length};
-}
-
 // Tokens of one sequence.
 struct Run {
   int64_t n;
-  Span seq, tokens;
+  TokenSpan seq, tokens;
 };
 
 // Each sequence cut into pieces of at most `length`.
 inline std::vector<Run> make_tiles(const ShortConvParams& p, int64_t length) {
   std::vector<Run> tiles;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const Span seq = sequence(p, n);
+    const TokenSpan seq = sequence_span(p, n);
     for (int64_t t = seq.begin; t < seq.end; t += length) {
       tiles.push_back({n, seq, {t, std::min(seq.end, t + length)}});
     }
@@ -55,11 +45,11 @@ inline std::vector<Run> make_tiles(const ShortConvParams& p, int64_t length) {
 }
 
 // What of each sequence lies in [tokens.begin, tokens.end).
-inline std::vector<Run> make_runs(const ShortConvParams& p, Span tokens) {
+inline std::vector<Run> make_runs(const ShortConvParams& p, TokenSpan tokens) {
   std::vector<Run> runs;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const Span seq = sequence(p, n);
-    const Span part = {std::max(seq.begin, tokens.begin), std::min(seq.end, tokens.end)};
+    const TokenSpan seq = sequence_span(p, n);
+    const TokenSpan part = {std::max(seq.begin, tokens.begin), std::min(seq.end, tokens.end)};
     if (part.size() > 0) runs.push_back({n, seq, part});
   }
   return runs;
@@ -372,7 +362,7 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   }
   if (g.d_initial == nullptr) return;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const int64_t length = short_conv::sequence(p, n).size();
+    const int64_t length = sequence_span(p, n).size();
     for (int64_t c = 0; c < channels; ++c) {
       for (int j = 0; j < p.width; ++j) {
         A v = d_history[(n * p.width + j) * channels + c];
@@ -501,8 +491,6 @@ HWY_EXPORT(short_conv_step_any);
 
 namespace {
 
-using short_conv::sequence;
-using short_conv::Span;
 
 void check(const ShortConvParams& p) {
   GDN_CHECK(p.width >= 1 && p.width <= kMaxConvWidth, "[short_conv] width must be 1 to ",
@@ -527,7 +515,7 @@ template <typename T>
 void copy_final_history(const ShortConvParams& p, T* out) {
   const int64_t width = p.width;
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const Span seq = sequence(p, n);
+    const TokenSpan seq = sequence_span(p, n);
     for (int64_t c = 0; c < p.channels; ++c) {
       for (int64_t j = 0; j < width; ++j) {
         const int64_t pos = seq.end - width + j, row = (n * p.channels + c) * width;
@@ -552,7 +540,7 @@ DType acc_of(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::k
 
 // The input of sequence n at `pos`, which may lie up to W tokens before it.
 double naive_input(const ShortConvParams& p, int64_t n, int64_t pos, int64_t c) {
-  const Span seq = sequence(p, n);
+  const TokenSpan seq = sequence_span(p, n);
   if (pos >= seq.begin) return at(p.dtype, p.x, pos * short_conv::row_stride(p) + c);
   if (p.initial == nullptr) return 0;
   return at(p.dtype, p.initial, (n * p.channels + c) * p.width + p.width + pos - seq.begin);
@@ -598,7 +586,7 @@ void short_conv_step(const ShortConvParams& p, void* pool, int64_t num_slots, co
 
 void short_conv_naive_forward(const ShortConvParams& p, double* y, double* final_history) {
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const Span seq = sequence(p, n);
+    const TokenSpan seq = sequence_span(p, n);
     for (int64_t c = 0; c < p.channels; ++c) {
       for (int64_t t = seq.begin; t < seq.end; ++t) {
         const double v = naive_convolution(p, n, t, c);
@@ -620,7 +608,7 @@ void short_conv_naive_backward(const ShortConvParams& p, const double* dy, const
   if (d_initial != nullptr)
     std::fill(d_initial, d_initial + p.num_sequences * p.channels * p.width, 0.0);
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const Span seq = sequence(p, n);
+    const TokenSpan seq = sequence_span(p, n);
     for (int64_t c = 0; c < p.channels; ++c) {
       auto add = [&](int64_t pos, double v) {  // to the gradient of naive_input(p, n, pos, c)
         if (pos >= seq.begin) {

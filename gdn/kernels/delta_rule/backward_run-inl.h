@@ -51,8 +51,8 @@ struct BackwardByHead {
     const auto& L = core.L;
     const typename Chunk::Scope scope(ctx);
     const int64_t C = L.C, group = L.group, size = x.K * x.V, first = h0 * group;
-    const auto range = delta_rule::sequence_range(x, n);
-    const int64_t tokens = range.end - range.begin, segment = delta_rule::segment(x);
+    const auto range = sequence_span(x, n);
+    const int64_t tokens = range.size(), segment = delta_rule::segment(x);
     core.clear();
     for (int64_t hv = first; hv < h1 * group; ++hv) {
       const T* last = static_cast<const T*>(grads.d_final_state);
@@ -187,8 +187,8 @@ struct BackwardTogether {
   void head(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h,
             int64_t saved_offset) {
     const int64_t C = L.C, group = L.group, size = x.K * x.V, first = h * group;
-    const auto range = delta_rule::sequence_range(x, n);
-    const int64_t tokens = range.end - range.begin, span = max_chunks * C;
+    const auto range = sequence_span(x, n);
+    const int64_t tokens = range.size(), span = max_chunks * C;
     auto& core = chunks[0].core;
     for (auto& ctx : chunks) ctx.core.clear();
     for (int64_t i = 0; i < group; ++i) {

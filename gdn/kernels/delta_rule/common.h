@@ -7,18 +7,9 @@
 #include <vector>
 
 #include "gdn/kernels/delta_rule/delta_rule.h"
+#include "gdn/kernels/sequences.h"
 
 namespace gdn::delta_rule {
-
-struct TokenRange {
-  int64_t begin, end;
-};
-
-inline TokenRange sequence_range(const DeltaRuleParams& p, int64_t n) {
-  if (p.cu_seqlens != nullptr) return {p.cu_seqlens[n], p.cu_seqlens[n + 1]};
-  const int64_t length = p.num_sequences == 0 ? 0 : p.total_tokens / p.num_sequences;
-  return {n * length, (n + 1) * length};
-}
 
 inline bool has_a(DeltaErase erase) {
   return erase == DeltaErase::kOwn || erase == DeltaErase::kSeparate;
@@ -57,8 +48,8 @@ inline int64_t saved_values_size(const DeltaRuleParams& p) {
 inline std::vector<int64_t> saved_offsets(const DeltaRuleParams& p) {
   std::vector<int64_t> offsets(p.num_sequences + 1, saved_values_size(p));
   for (int64_t n = 0; n < p.num_sequences; ++n) {
-    const auto range = sequence_range(p, n);
-    offsets[n + 1] = offsets[n] + saved_states(p, range.end - range.begin) * p.HV * p.K * p.V;
+    const auto range = sequence_span(p, n);
+    offsets[n + 1] = offsets[n] + saved_states(p, range.size()) * p.HV * p.K * p.V;
   }
   return offsets;
 }

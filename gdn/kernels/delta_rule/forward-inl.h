@@ -128,9 +128,9 @@ struct ForwardByHead {
     const auto& L = core.L;
     const typename Chunk::Scope scope(ctx);
     const int64_t C = L.C, size = x.K * x.V;
-    const auto range = delta_rule::sequence_range(x, n);
+    const auto range = sequence_span(x, n);
     const int64_t segment = delta_rule::segment(x);
-    const int64_t stored = delta_rule::saved_states(x, range.end - range.begin);
+    const int64_t stored = delta_rule::saved_states(x, range.size());
     T* saved = static_cast<T*>(out.saved);
     core.clear();
     const T* initial = static_cast<const T*>(x.initial_state);
@@ -199,7 +199,7 @@ struct ForwardTogether {
 
   void head(const DeltaRuleOutputs& out, int64_t n, int64_t h, int64_t saved_offset) {
     const int64_t C = L.C, size = x.K * x.V;
-    const auto range = delta_rule::sequence_range(x, n);
+    const auto range = sequence_span(x, n);
     const T* initial = static_cast<const T*>(x.initial_state);
     for (auto& ctx : chunks) ctx.core.clear();
     auto& core = chunks[0].core;
@@ -229,10 +229,10 @@ struct ForwardTogether {
     }
   }
 
-  void panel(size_t p, const DeltaRuleOutputs& out, const Span& span,
-             const delta_rule::TokenRange& range, int64_t h, int64_t saved_offset) {
+  void panel(size_t p, const DeltaRuleOutputs& out, const Span& span, const TokenSpan& range,
+             int64_t h, int64_t saved_offset) {
     const int64_t segment = delta_rule::segment(x), size = x.K * x.V, C = L.C;
-    const int64_t stored = delta_rule::saved_states(x, range.end - range.begin);
+    const int64_t stored = delta_rule::saved_states(x, range.size());
     T* s = state + p * L.Kp * L.PW;
     for (int64_t c = 0; c < span.chunks; ++c) {
       const int64_t t = span.begin + c * C, done = t - range.begin;

@@ -12,7 +12,6 @@
 namespace gdn {
 namespace {
 
-using delta_rule::sequence_range;
 using Vec = std::vector<double>;
 
 // A tensor [tokens, heads, width] read as double.
@@ -157,7 +156,7 @@ void forward(const DeltaRuleParams& x, double* o, double* final_state) {
   parallel_for(0, x.num_sequences * x.HV, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t hv = task % x.HV;
-      const auto range = sequence_range(x, task / x.HV);
+      const auto range = sequence_span(x, task / x.HV);
       Vec state = read_state<Acc<T>>(x.initial_state, task, size);
       for (int64_t t = range.begin; t < range.end; ++t) {
         const Token token = read_token<T>(x, t, hv);
@@ -241,7 +240,7 @@ void backward(const DeltaRuleParams& x, const double* d_o, const double* d_final
   parallel_for(0, x.num_sequences * x.H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin * group; task < end * group; ++task) {
       const int64_t hv = task % x.HV;
-      const auto range = sequence_range(x, task / x.HV);
+      const auto range = sequence_span(x, task / x.HV);
       std::vector<Token> tokens;
       std::vector<Step> steps;
       Vec state = read_state<Acc<T>>(x.initial_state, task, size);

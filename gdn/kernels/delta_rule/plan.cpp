@@ -20,8 +20,8 @@ struct Lengths {
   explicit Lengths(const DeltaRuleParams& x) : order(x.num_sequences) {
     std::iota(order.begin(), order.end(), 0);
     const auto length = [&](int64_t n) {
-      const TokenRange range = sequence_range(x, n);
-      return range.end - range.begin;
+      const TokenSpan range = sequence_span(x, n);
+      return range.size();
     };
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t a, int64_t b) { return length(a) > length(b); });

@@ -104,7 +104,7 @@ struct Recurrent {
   void run(const DeltaRuleOutputs& out, int64_t n, int64_t hv) {
     const size_t PW = panel_width<T>(), K = x.K, V = x.V;
     const int64_t task = n * x.HV + hv;
-    const auto range = delta_rule::sequence_range(x, n);
+    const auto range = sequence_span(x, n);
     const T* initial = static_cast<const T*>(x.initial_state);
     std::fill_n(state, Kp * Vp, T(0));
     for (size_t c = 0; c < V && initial != nullptr; c += PW) {

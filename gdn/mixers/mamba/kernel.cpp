@@ -14,15 +14,13 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
-#include "gdn/kernels/scan_sequences.h"
+#include "gdn/kernels/sequences.h"
 #include "gdn/kernels/simd/scan-inl.h"
 #include "gdn/mixers/mamba/kernel.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
-
-using scan::Span;
 
 inline constexpr int64_t kTile = kScanTile;
 
@@ -58,8 +56,8 @@ struct Scan {
     load_tile(static_cast<const A*>(p.A) + first * p.states, p.states, width, rate.data());
   }
 
-  void load_chunk(Span span) {
-    const int64_t rows = span.end - span.begin;
+  void load_chunk(TokenSpan span) {
+    const int64_t rows = span.size();
     load_block(static_cast<const T*>(p.x) + at(span.begin), p.channels, rows, width, x.data());
     load_block(static_cast<const T*>(p.dt) + at(span.begin), p.channels, rows, width, raw.data());
     const A* bias = static_cast<const A*>(p.dt_bias);
@@ -154,16 +152,16 @@ void forward(const SelectiveScanParams& p, T* y, Acc<T>* final_state, Acc<T>* sa
       const int64_t state = (n * p.channels + in.first) * S;
       const A* initial = static_cast<const A*>(p.initial);
       load_tile(initial == nullptr ? initial : initial + state, S, in.width, h.data());
-      const Span seq = scan::sequence(p, n);
+      const TokenSpan seq = sequence_span(p, n);
       A* keep = saved == nullptr
                     ? nullptr
-                    : saved + scan::first_chunk(p, n, kScanChunk) * S * p.channels + in.first;
+                    : saved + first_chunk(p, n, kScanChunk) * S * p.channels + in.first;
       for (int64_t t = seq.begin; t < seq.end; t += kScanChunk) {
         for (int64_t s = 0; keep != nullptr && s < S; ++s)
           std::copy_n(h.data() + s * kTile, in.width, keep + s * p.channels);
         if (keep != nullptr) keep += S * p.channels;
-        const Span span{t, std::min(seq.end, t + kScanChunk)};
-        const int64_t rows = span.end - span.begin;
+        const TokenSpan span{t, std::min(seq.end, t + kScanChunk)};
+        const int64_t rows = span.size();
         in.load_chunk(span);
         for_lanes<A>(in.width, [&](auto d, int64_t i) HWY_ATTR {
           scan_vector<kSigned, T>(in, d, i, rows, B.data + t * S, C.data + t * S, h.data());
@@ -303,12 +301,12 @@ void backward(const SelectiveScanParams& p, const Acc<T>* saved, const Selective
         const int64_t state = (n * channels + first) * S;
         const A* d_final = static_cast<const A*>(g.d_final);
         load_tile(d_final == nullptr ? d_final : d_final + state, S, in.width, dh.data());
-        const Span seq = scan::sequence(p, n);
-        for (int64_t c = scan::chunks_of(seq, kScanChunk) - 1; c >= 0; --c) {
+        const TokenSpan seq = sequence_span(p, n);
+        for (int64_t c = chunks_of(seq, kScanChunk) - 1; c >= 0; --c) {
           const int64_t t = seq.begin + c * kScanChunk;
-          const Span span{t, std::min(seq.end, t + kScanChunk)};
+          const TokenSpan span{t, std::min(seq.end, t + kScanChunk)};
           const int64_t rows = span.end - t;
-          const A* start = saved + (scan::first_chunk(p, n, kScanChunk) + c) * S * channels + first;
+          const A* start = saved + (first_chunk(p, n, kScanChunk) + c) * S * channels + first;
           scratch.clear();
           in.load_chunk(span);
           if (g.dy != nullptr)

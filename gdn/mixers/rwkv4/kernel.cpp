@@ -13,7 +13,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
-#include "gdn/kernels/scan_sequences.h"
+#include "gdn/kernels/sequences.h"
 #include "gdn/kernels/simd/scan-inl.h"
 #include "gdn/mixers/rwkv4/kernel.h"
 
@@ -29,8 +29,6 @@ inline constexpr double kNothing = -1e38;  // the largest exponent of no terms a
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
-
-using scan::Span;
 
 inline constexpr int64_t kTile = kScanTile;
 // Tokens to fetch ahead: a token's channels lie too far behind the last one's to be guessed.
@@ -104,10 +102,10 @@ void forward(const WkvParams& p, T* y, Acc<T>* final_state, Acc<T>* saved) {
     for (int64_t task = begin, count = 0; task < end; task += count) {
       const int64_t n = task / tiles, from = task % tiles;
       count = std::min(tiles - from, end - task);
-      const Span seq = scan::sequence(p, n);
+      const TokenSpan seq = sequence_span(p, n);
       const A* initial = static_cast<const A*>(p.initial);
       if (initial != nullptr) initial += n * 3 * C;
-      A* keep = saved == nullptr ? nullptr : saved + scan::first_chunk(p, n, kWkvChunk) * 3 * C;
+      A* keep = saved == nullptr ? nullptr : saved + first_chunk(p, n, kWkvChunk) * 3 * C;
       // f(d, c, i, state) for the channels c of tile j, at i within it
       const auto for_channels = [&](int64_t j, auto&& f) HWY_ATTR {
         const int64_t first = (from + j) * kTile;
@@ -271,10 +269,10 @@ void unwind_sequence(const WkvParams& p, int64_t n, int64_t from, int64_t count,
                      WkvWalk<Acc<T>>* walks) {
   using A = Acc<T>;
   const int64_t C = p.channels;
-  const Span seq = scan::sequence(p, n);
+  const TokenSpan seq = sequence_span(p, n);
   const A* d_final = g.d_final == nullptr ? nullptr : static_cast<const A*>(g.d_final) + n * 3 * C;
   const A* initial = p.initial == nullptr ? nullptr : static_cast<const A*>(p.initial) + n * 3 * C;
-  for (int64_t chunk = scan::chunks_of(seq, kWkvChunk) - 1; chunk >= 0; --chunk) {
+  for (int64_t chunk = chunks_of(seq, kWkvChunk) - 1; chunk >= 0; --chunk) {
     const int64_t t = seq.begin + chunk * kWkvChunk, rows = std::min(seq.end - t, kWkvChunk);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
@@ -325,8 +323,8 @@ void backward(const WkvParams& p, const Acc<T>* saved, const WkvGrads& g) {
       count = std::min(tiles - from, end - task);
       std::vector<WkvWalk<A>> walks(count);
       for (int64_t n = groups.begin(group); n < groups.end(group); ++n)
-        unwind_sequence<T>(p, n, from, count, saved + scan::first_chunk(p, n, kWkvChunk) * 3 * C, g,
-                           tile, walks.data());
+        unwind_sequence<T>(p, n, from, count, saved + first_chunk(p, n, kWkvChunk) * 3 * C, g, tile,
+                           walks.data());
       for (int64_t j = 0; j < count; ++j) {
         const int64_t first = (from + j) * kTile, width = std::min(kTile, C - first);
         std::copy_n(walks[j].dw, width, partial.data() + group * 2 * C + first);
