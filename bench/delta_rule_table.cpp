@@ -2,10 +2,12 @@
 #include "bench/delta_rule_table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <ctime>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bench/bandwidth.h"
@@ -51,6 +53,18 @@ std::vector<double> medians(const std::vector<Function>& functions, double budge
     result.push_back(s[s.size() / 2]);
   }
   return result;
+}
+
+// Pins the threads of parallel_for to a CPU each: every one waits for the others, so that none gets
+// two of the calls.
+void pin_threads() {
+  const int n = num_threads();
+  if (static_cast<size_t>(n) > allowed_cpus().size()) return;
+  std::atomic<int> arrived{0};
+  parallel_for(0, n, 1, [&](int64_t, int64_t) {
+    pin_this_thread(arrived.fetch_add(1));
+    while (arrived.load() < n) std::this_thread::yield();
+  });
 }
 
 class Table {
@@ -241,19 +255,24 @@ void few_heads_rows(Table& table, int threads) {
   if (!table.wants("few") || threads < 2) return;
   for (const int64_t H : {1, 2, 3}) {
     Problem p({1, 4096, H, H, 128, 128});
+    // One after the other: threads that sleep through another's turn would have to be woken first.
     const auto on = [threads](int n, const Function& f) {  // the clock is that of `threads`
-      return [=] {
+      const auto run = [&] {
         set_num_threads(n);
         f();
         set_num_threads(threads);
       };
+      return medians({run}, 0.4)[0];
     };
-    const auto t = medians(
-        {on(1, forward_of(p)), on(2, forward_of(p)), on(1, training_of(p)), on(2, training_of(p))},
-        1.0);
+    const double t[] = {on(1, forward_of(p)), on(2, forward_of(p)), on(1, training_of(p)),
+                        on(2, training_of(p))};
     const std::string name = ", T=4096, B x HV = " + std::to_string(H);
-    table.row("forward" + name, true, 1.7, t[0] / t[1], "x one thread");
-    table.row("forward + backward" + name, true, 1.7, t[2] / t[3], "x one thread");
+    const auto times = [](double one, double two) {
+      return text("%.2f ms, ", one * 1e3) + text("%.2f ms", two * 1e3);
+    };
+    table.row("forward" + name, true, 1.7, t[0] / t[1], "x one thread", times(t[0], t[1]));
+    table.row("forward + backward" + name, true, 1.7, t[2] / t[3], "x one thread",
+              times(t[2], t[3]));
   }
 }
 
@@ -271,6 +290,7 @@ void avx2_rows(Table& table) {
 int print_delta_rule_table(const std::string& filter, const std::string& json_file) {
   Table table(filter);
   const int threads = num_threads();
+  pin_threads();
   std::printf("| what | threads | goal | figure | met | note |\n|---|---|---|---|---|---|\n");
   speed_rows(table);
   decode_rows(table);

@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/base/parallel.h"
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -12,25 +17,53 @@
 #include <vector>
 
 #include "gdn/base/check.h"
+#include "hwy/cache_control.h"
 
 namespace gdn {
 namespace {
 
 thread_local bool in_parallel_region = false;
 
+// CPUs that this process may run on.
+int available_cpus() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+// Read while the library is loaded, before any thread is pinned.
+const int cpus_at_start = available_cpus();
+
 int default_num_threads() {
   if (const char* env = std::getenv("OMP_NUM_THREADS")) {
     const int n = std::atoi(env);
     if (n >= 1) return n;
   }
-  return std::max(1u, std::thread::hardware_concurrency());
+  return cpus_at_start;
 }
 
 std::atomic<int> builtin_threads{default_num_threads()};
 
-// Threads that sleep between calls: waking them takes microseconds, starting them ten times that,
-// which a decoding step would feel. One call at a time has them; a second, from another thread,
-// runs alone.
+// Waits until `ready`, but not much longer than it takes to wake a thread: a kernel that calls
+// parallel_for again and again does not pay for its threads' sleep, and nothing spins when idle.
+template <typename Ready>
+void spin_until(Ready ready) {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kLongest = std::chrono::microseconds(50);
+  const auto start = Clock::now();
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return;
+      hwy::Pause();
+    }
+  } while (Clock::now() - start < kLongest);
+}
+
+// Threads that sleep between calls: waking them takes tens of microseconds, starting them ten times
+// that, which a decoding step would feel. One call at a time has them; a second, from another
+// thread, runs alone.
 class Pool {
  public:
   ~Pool() {
@@ -51,7 +84,7 @@ class Pool {
       std::lock_guard lock(mutex_);
       while (static_cast<int64_t>(threads_.size()) < helpers) {
         const int64_t index = static_cast<int64_t>(threads_.size());
-        threads_.emplace_back([this, index, seen = call_] { loop(index, seen); });
+        threads_.emplace_back([this, index, seen = call_.load()] { loop(index, seen); });
       }
       work_ = &work;
       helpers_ = helpers;
@@ -59,8 +92,12 @@ class Pool {
     }
     wake_.notify_all();
     work();
+    {
+      std::lock_guard lock(mutex_);
+      helpers_ = 0;
+    }
+    if (helpers < cpus_at_start) spin_until([this] { return running_ == 0; });
     std::unique_lock lock(mutex_);
-    helpers_ = 0;
     done_.wait(lock, [this] { return running_ == 0; });
   }
 
@@ -68,6 +105,11 @@ class Pool {
   void loop(int64_t index, uint64_t seen) {
     std::unique_lock lock(mutex_);
     while (true) {
+      if (static_cast<int64_t>(threads_.size()) < cpus_at_start) {
+        lock.unlock();
+        spin_until([&] { return stop_ || call_ != seen; });
+        lock.lock();
+      }
       wake_.wait(lock, [&] { return stop_ || call_ != seen; });
       if (stop_) return;
       seen = call_;
@@ -85,9 +127,11 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
   const std::function<void()>* work_ = nullptr;
-  int64_t helpers_ = 0, running_ = 0;
-  uint64_t call_ = 0;
-  bool stop_ = false;
+  int64_t helpers_ = 0;
+  // Read without the lock, too.
+  std::atomic<int64_t> running_{0};
+  std::atomic<uint64_t> call_{0};
+  std::atomic<bool> stop_{false};
 };
 
 void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {

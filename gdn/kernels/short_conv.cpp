@@ -491,7 +491,6 @@ HWY_EXPORT(short_conv_step_any);
 
 namespace {
 
-
 void check(const ShortConvParams& p) {
   GDN_CHECK(p.width >= 1 && p.width <= kMaxConvWidth, "[short_conv] width must be 1 to ",
             kMaxConvWidth, ", got ", p.width);

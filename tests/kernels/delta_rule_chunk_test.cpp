@@ -255,8 +255,8 @@ TEST(DeltaRuleChunk, SameBitsForAnyNumberOfThreads) {
   }
 }
 
-// Long sequences of few heads are shared out by panels of values (forward) and by chunks
-// (backward).
+// Heads that are left over from the threads, and sequences that are longer than a thread's share,
+// are cut by columns of values (forward) or done by all threads (backward).
 TEST(DeltaRuleChunk, FewHeadsShareTheWork) {
   struct Heads {
     int64_t H, HV;
@@ -274,7 +274,7 @@ TEST(DeltaRuleChunk, FewHeadsShareTheWork) {
       c.HV = heads.HV;
       c.K = 24;
       c.V = 75;
-      c.lengths = {590};
+      c.lengths = heads.HV == 3 ? std::vector<int64_t>{590} : std::vector<int64_t>{20, 590, 130};
       c.chunk_size = seed % 2 == 0 ? 16 : 32;
       Problem problem(c);
       const int before = num_threads();

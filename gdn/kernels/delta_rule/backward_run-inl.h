@@ -13,6 +13,7 @@
 
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/delta_rule/backward-inl.h"
+#include "gdn/kernels/delta_rule/plan.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
@@ -43,9 +44,10 @@ struct BackwardByHead {
     d_states = carve.take<T>(heads * L.group * L.state_size());
   }
 
-  // Key heads [h0, h1), which go through the chunks together: their rows are neighbours in memory.
-  void run(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h0, int64_t h1,
+  // The task's key heads go through the chunks together: their rows are neighbours in memory.
+  void run(const T* saved, const DeltaRuleGrads& grads, const delta_rule::Task& task,
            int64_t saved_offset) {
+    const int64_t n = task.n, h0 = task.h0, h1 = task.h1;
     auto& core = ctx.core;
     const auto& x = core.x;
     const auto& L = core.L;
@@ -169,8 +171,10 @@ struct BackwardByHead {
 template <typename Chunk>
 struct BackwardTogether {
   using T = typename Chunk::T;
+  // Between two waits of the threads for each other.
+  static constexpr int64_t kTokens = 256;
   BackwardTogether(const DeltaRuleParams& params, Carver& carve)
-      : x(params), L(Chunk::layout(params)), max_chunks(kTogetherTokens / L.C) {
+      : x(params), L(Chunk::layout(params)), max_chunks(kTokens / L.C) {
     chunks.reserve(max_chunks);
     for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve, /*shared=*/true);
     states = carve.take<T>(max_chunks * L.state_size());
@@ -178,9 +182,9 @@ struct BackwardTogether {
     d_states = carve.take<T>(L.group * L.state_size());
   }
 
-  void run(const T* saved, const DeltaRuleGrads& grads, int64_t n, int64_t h0, int64_t h1,
+  void run(const T* saved, const DeltaRuleGrads& grads, const delta_rule::Task& task,
            int64_t saved_offset) {
-    for (int64_t h = h0; h < h1; ++h) head(saved, grads, n, h, saved_offset);
+    for (int64_t h = task.h0; h < task.h1; ++h) head(saved, grads, task.n, h, saved_offset);
   }
 
  private:

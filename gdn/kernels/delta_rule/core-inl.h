@@ -28,9 +28,6 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Rows of a sub-block in the scores of a channel gate; every chunk size is a multiple of it.
 inline constexpr size_t kSub = 16;
 
-// Tokens that all threads work on together before they wait for each other.
-inline constexpr int64_t kTogetherTokens = 512;
-
 // Rows i of y = x_i * table_i * s_i; the table holds one factor per row, or one per element
 // (channel gate). Null table or s means 1.
 template <typename T>
@@ -155,6 +152,11 @@ struct Layout {
         old_state(x.erase == DeltaErase::kSeparate),
         first(x.erase == DeltaErase::kNone ? C : 0),
         Kp((K + unit - 1) / unit * unit) {}
+  // For `count` columns of values only.
+  void use_values(size_t count) {
+    V = count;
+    panels = (V + PW - 1) / PW;
+  }
   size_t valid(size_t p) const { return std::min(PW, V - p * PW); }
   size_t columns(size_t p) const { return (valid(p) + lanes<T>() - 1) / lanes<T>() * lanes<T>(); }
   size_t state_size() const { return panels * Kp * PW; }
@@ -205,6 +207,12 @@ struct Core {
     run = carve.take<T>(Kp);
     row = carve.take<T>(L.panels * L.PW);
     out_row = carve.take<T>(L.panels * L.PW);
+  }
+
+  // From here on for `count` columns of values from `first` on, at most as many as at first.
+  void use_values(int64_t first, int64_t count) {
+    column = first;
+    L.use_values(count);
   }
 
   void clear() {
@@ -470,7 +478,7 @@ struct Core {
     // Whole panels come from where they lie, the rest by way of a padded row.
     const size_t direct = dtype == kDTypeOf<T> ? L.V / L.PW : 0, rest = direct * L.PW;
     for (size_t i = 0; i < n; ++i) {
-      const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
+      const int64_t at = ((t0 + i) * x.HV + hv) * x.V + column;
       for (size_t p = 0; p < direct; ++p) {
         const T* from = static_cast<const T*>(src) + at + p * L.PW;
         for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
@@ -494,7 +502,7 @@ struct Core {
     const Tag<T> d;
     const size_t direct = dtype == kDTypeOf<T> ? L.V / L.PW : 0, rest = direct * L.PW;
     for (size_t i = 0; i < n; ++i) {
-      const int64_t at = ((t0 + i) * x.HV + hv) * x.V;
+      const int64_t at = ((t0 + i) * x.HV + hv) * x.V + column;
       for (size_t p = 0; p < direct; ++p) {
         T* to = static_cast<T*>(dst) + at + p * L.PW;
         for (size_t j = 0; j < L.PW; j += hn::Lanes(d)) {
@@ -545,14 +553,14 @@ struct Core {
     }
     for (size_t i = 0; i < L.K && src != nullptr; ++i) {
       for (size_t p = 0; p < L.panels; ++p) {
-        copy_row(src + i * L.V + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
+        copy_row(src + i * x.V + column + p * L.PW, L.valid(p), state + (p * L.Kp + i) * L.PW);
       }
     }
   }
   void store_state(const T* state, T* dst) const {
     for (size_t i = 0; i < L.K; ++i) {
       for (size_t p = 0; p < L.panels; ++p) {
-        copy_row(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * L.V + p * L.PW);
+        copy_row(state + (p * L.Kp + i) * L.PW, L.valid(p), dst + i * x.V + column + p * L.PW);
       }
     }
   }
@@ -579,7 +587,7 @@ struct Core {
     ahead.add(src, size_of(x.dtype), (t0 * x.H + h) * x.K, x.H * x.K, x.K, n);
   }
   void expect_values(DType dtype, const void* src, int64_t t0, size_t n, int64_t hv) {
-    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V, x.HV * x.V, x.V, n);
+    ahead.add(src, size_of(dtype), (t0 * x.HV + hv) * x.V + column, x.HV * x.V, L.V, n);
   }
 
   // next = E_n * state + (w Eh)^T values, one panel; next may be state.
@@ -590,7 +598,8 @@ struct Core {
   }
 
   const DeltaRuleParams& x;
-  const Layout<T> L;
+  Layout<T> L;
+  int64_t column = 0;  // the first one of the values in use
   Prefetcher ahead;
   T* bq = nullptr;                   // [2C][Kp] erase keys, then queries
   T *w = nullptr, *wT = nullptr;     // [W][C][Kp] write keys (merged with a = k: the erase keys),

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form forward: by value heads where there are enough of them for the threads, else all
-// threads on one head. Both give the same bits. Include inside the foreach_target pattern.
+// The chunk form forward. Include inside the foreach_target pattern.
 #if defined(GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
 #undef GDN_KERNELS_DELTA_RULE_FORWARD_INL_H_
@@ -10,8 +9,8 @@
 
 #include <vector>
 
-#include "gdn/base/parallel.h"
 #include "gdn/kernels/delta_rule/core-inl.h"
+#include "gdn/kernels/delta_rule/plan.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
@@ -26,9 +25,7 @@ struct ChunkForward {
   };
   static Layout<T> layout(const DeltaRuleParams& params) { return Layout<T>(params); }
 
-  // `shared`: threads may work on different panels of a chunk at the same time.
-  ChunkForward(const DeltaRuleParams& params, Carver& carve, [[maybe_unused]] bool shared = false)
-      : core(params, carve) {
+  ChunkForward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
     outputs = carve.take<T>(L.panels * L.C * L.PW);
     values = carve.take<T>(L.panels * L.W * L.C * L.PW);
@@ -112,17 +109,18 @@ struct ChunkForward {
   T* rests = nullptr;  // [panels][C][PW] values without beta
 };
 
-// One thread on some value heads of a sequence.
+// One thread on some value heads of a sequence, or on some columns of their values.
 template <typename Chunk>
-struct ForwardByHead {
+struct Forward {
   using T = typename Chunk::T;
-  ForwardByHead(const DeltaRuleParams& params, int64_t heads, Carver& carve) : ctx(params, carve) {
+  Forward(const DeltaRuleParams& params, int64_t heads, Carver& carve) : ctx(params, carve) {
     states = carve.take<T>(heads * ctx.core.L.state_size());
   }
 
-  // Value heads [h0, h1), which go through the chunks together: their rows are neighbours in
-  // memory, so pages are looked up once for all.
-  void run(const DeltaRuleOutputs& out, int64_t n, int64_t h0, int64_t h1, int64_t saved_offset) {
+  // The task's heads go through the chunks together: their rows are neighbours in memory, so pages
+  // are looked up once for all.
+  void run(const DeltaRuleOutputs& out, const delta_rule::Task& task, int64_t saved_offset) {
+    const int64_t n = task.n, h0 = task.h0, h1 = task.h1;
     auto& core = ctx.core;
     const auto& x = core.x;
     const auto& L = core.L;
@@ -132,6 +130,7 @@ struct ForwardByHead {
     const int64_t segment = delta_rule::segment(x);
     const int64_t stored = delta_rule::saved_states(x, range.size());
     T* saved = static_cast<T*>(out.saved);
+    core.use_values(task.v0, task.v1 - task.v0);
     core.clear();
     const T* initial = static_cast<const T*>(x.initial_state);
     for (int64_t h = h0; h < h1; ++h) {
@@ -169,87 +168,6 @@ struct ForwardByHead {
 
   Chunk ctx;
   T* states;  // [heads][panels][Kp][PW]
-};
-
-// All threads on one value head: what belongs to a chunk alone is shared out by chunks, the
-// recurrence of the states by panels of values.
-template <typename Chunk>
-struct ForwardTogether {
-  using T = typename Chunk::T;
-  ForwardTogether(const DeltaRuleParams& params, Carver& carve)
-      : x(params), L(Chunk::layout(params)), max_chunks(kTogetherTokens / L.C) {
-    chunks.reserve(max_chunks);
-    for (int64_t c = 0; c < max_chunks; ++c) chunks.emplace_back(params, carve, /*shared=*/true);
-    state = carve.take<T>(L.state_size());
-  }
-
-  void run(const DeltaRuleOutputs& out, int64_t n, int64_t h0, int64_t h1, int64_t saved_offset) {
-    for (int64_t h = h0; h < h1; ++h) head(out, n, h, saved_offset);
-  }
-
- private:
-  struct Span {  // tokens [begin, end) in `chunks` chunks
-    int64_t begin, end, chunks;
-  };
-  Span span_from(int64_t begin, int64_t end) const {
-    end = std::min<int64_t>(end, begin + kTogetherTokens);
-    const int64_t C = L.C;
-    return {begin, end, std::max<int64_t>(0, (end - begin + C - 1) / C)};
-  }
-
-  void head(const DeltaRuleOutputs& out, int64_t n, int64_t h, int64_t saved_offset) {
-    const int64_t C = L.C, size = x.K * x.V;
-    const auto range = sequence_span(x, n);
-    const T* initial = static_cast<const T*>(x.initial_state);
-    for (auto& ctx : chunks) ctx.core.clear();
-    auto& core = chunks[0].core;
-    core.load_state(initial != nullptr ? initial + (n * x.HV + h) * size : nullptr, state);
-    const auto rows = [&](const Span& span, int64_t c) {
-      return std::min(C, span.end - span.begin - c * C);
-    };
-    Span span{range.begin, range.begin, 0};
-    while (true) {  // stores one span and prepares the next, then takes the states through it
-      const Span next = span_from(span.end, range.end);
-      parallel_for(0, std::max(span.chunks, next.chunks), 1, [&](int64_t from, int64_t to) {
-        const typename Chunk::Scope scope(chunks[0]);
-        for (int64_t c = from; c < to; ++c) {
-          if (c < span.chunks) chunks[c].store(out, span.begin + c * C, rows(span, c), h);
-          if (c < next.chunks) chunks[c].prepare(next.begin + c * C, rows(next, c), h);
-        }
-      });
-      if (next.chunks == 0) break;
-      span = next;
-      parallel_for(0, L.panels, 1, [&](int64_t from, int64_t to) {
-        const typename Chunk::Scope scope(chunks[0]);
-        for (int64_t p = from; p < to; ++p) panel(p, out, span, range, h, saved_offset);
-      });
-    }
-    if (out.final_state != nullptr) {
-      core.store_state(state, static_cast<T*>(out.final_state) + (n * x.HV + h) * size);
-    }
-  }
-
-  void panel(size_t p, const DeltaRuleOutputs& out, const Span& span, const TokenSpan& range,
-             int64_t h, int64_t saved_offset) {
-    const int64_t segment = delta_rule::segment(x), size = x.K * x.V, C = L.C;
-    const int64_t stored = delta_rule::saved_states(x, range.size());
-    T* s = state + p * L.Kp * L.PW;
-    for (int64_t c = 0; c < span.chunks; ++c) {
-      const int64_t t = span.begin + c * C, done = t - range.begin;
-      if (out.saved != nullptr && done > 0 && done % segment == 0) {
-        T* to = static_cast<T*>(out.saved) + saved_offset +
-                (h * stored + done / segment - 1) * size + p * L.PW;
-        for (size_t i = 0; i < L.K; ++i) copy_row(s + i * L.PW, L.valid(p), to + i * L.V);
-      }
-      chunks[c].panel(p, t + C < range.end || out.final_state != nullptr, s);
-    }
-  }
-
-  const DeltaRuleParams& x;
-  const Layout<T> L;
-  const int64_t max_chunks;  // between two waits of the threads for each other
-  std::vector<Chunk> chunks;
-  T* state;  // [panels][Kp][PW]
 };
 
 }  // namespace HWY_NAMESPACE

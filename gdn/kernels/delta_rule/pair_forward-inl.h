@@ -21,16 +21,14 @@ struct PairForward {
   };
   static Layout<float> layout(const DeltaRuleParams& x) { return PairCore::layout(x); }
 
-  // `shared`: threads may work on different panels of a chunk at the same time.
-  PairForward(const DeltaRuleParams& params, Carver& carve, bool shared = false)
-      : core(params, carve), buffers(shared ? core.L.panels : 1) {
+  PairForward(const DeltaRuleParams& params, Carver& carve) : core(params, carve) {
     const auto& L = core.L;
     outputs = carve.take<float>(L.panels * L.C * L.PW);
     values = carve.take<float>(L.panels * L.C * L.PW);
     if (params.beta != nullptr) rests = carve.take<float>(L.panels * L.C * L.PW);
-    state_pairs = carve.take<uint32_t>(buffers * L.Kp / 2 * L.PW);
-    value_pairs = carve.take<uint32_t>(buffers * L.C / 2 * L.PW);
-    end_pairs = carve.take<uint32_t>(buffers * L.C / 2 * L.PW);
+    state_pairs = carve.take<uint32_t>(L.Kp / 2 * L.PW);
+    value_pairs = carve.take<uint32_t>(L.C / 2 * L.PW);
+    end_pairs = carve.take<uint32_t>(L.C / 2 * L.PW);
   }
 
   void prepare(int64_t t, size_t count, int64_t hv) {
@@ -50,30 +48,26 @@ struct PairForward {
     const auto& L = core.L;
     const auto& kernels = core.kernels;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, n = L.valid(p);
-    const size_t buffer = p % buffers;
     float *value = values + p * C * PW, *output = outputs + p * C * PW;
-    uint32_t* before = state_pairs + buffer * Kp / 2 * PW;
-    uint32_t* written = value_pairs + buffer * C / 2 * PW;
-    uint32_t* end = end_pairs + buffer * C / 2 * PW;
-    kernels.pack({Kp, n, s, PW}, before, PW);
-    if (L.first == 0) core.multiply({C, n, Kp, core.readers, Kp, before, PW, value, PW});
-    core.multiply({C, n, Kp, core.readers + C * Kp, Kp, before, PW, output, PW});
-    for (size_t r = 0; r < C; r += kSub) solve(p, r, value, written);
+    kernels.pack({Kp, n, s, PW}, state_pairs, PW);
+    if (L.first == 0) core.multiply({C, n, Kp, core.readers, Kp, state_pairs, PW, value, PW});
+    core.multiply({C, n, Kp, core.readers + C * Kp, Kp, state_pairs, PW, output, PW});
+    for (size_t r = 0; r < C; r += kSub) solve(p, r, value);
     for (size_t r = 0; r < C; r += 32) {
-      core.multiply({32, n, r + 32, core.rounded_Z + (C + r) * C, C, written, PW, output + r * PW,
-                     PW, core.read + C + r, 1});
+      core.multiply({32, n, r + 32, core.rounded_Z + (C + r) * C, C, value_pairs, PW,
+                     output + r * PW, PW, core.read + C + r, 1});
     }
     if (!advance) return;
-    kernels.pack({C, n, value, PW, core.write}, end, PW);
-    core.multiply(
-        {Kp, n, C, core.writersT, C, end, PW, s, PW, core.end_decay(), L.channel ? size_t{1} : 0});
+    kernels.pack({C, n, value, PW, core.write}, end_pairs, PW);
+    core.multiply({Kp, n, C, core.writersT, C, end_pairs, PW, s, PW, core.end_decay(),
+                   L.channel ? size_t{1} : 0});
   }
 
   void store(const DeltaRuleOutputs& out, int64_t t, size_t count, int64_t hv) const {
     const auto& x = core.x;
     const auto& L = core.L;
     const size_t half = L.C * L.PW;
-    BFloat16* o = static_cast<BFloat16*>(out.o) + (t * x.HV + hv) * x.V;
+    BFloat16* o = static_cast<BFloat16*>(out.o) + (t * x.HV + hv) * x.V + core.column;
     for (size_t p = 0; p < L.panels; ++p) {
       core.kernels.round({count, L.valid(p), outputs + p * half, L.PW}, o + p * L.PW, x.HV * x.V);
     }
@@ -98,14 +92,14 @@ struct PairForward {
  private:
   // Rows [r, r + kSub) of U: what they get from the rows before as a product, from each other in
   // fp32.
-  void solve(size_t p, size_t r, float* value, uint32_t* written) {
+  void solve(size_t p, size_t r, float* value) {
     const auto& L = core.L;
     const size_t C = L.C, PW = L.PW, n = L.valid(p);
     const bool erases = L.first == 0;
     float* rows = value + r * PW;
     add_values(p, r, rows);
     if (erases && r > 0) {
-      core.kernels.product({kSub, n, (r + 31) / 32 * 32, core.rounded_Z + r * C, C, written, PW,
+      core.kernels.product({kSub, n, (r + 31) / 32 * 32, core.rounded_Z + r * C, C, value_pairs, PW,
                             rows, PW, &kOne, 0});
     }
     float* rest = rests != nullptr ? rests + (p * C + r) * PW : nullptr;
@@ -123,7 +117,7 @@ struct PairForward {
         }
       }
     });
-    uint32_t* to = written + r / 2 * PW;
+    uint32_t* to = value_pairs + r / 2 * PW;
     core.kernels.pack({kSub, n, rows, PW}, to, PW);
     // The depth of products is a multiple of 32: the rows to come count as 0 until they are there.
     if (r % 32 == 0) std::fill_n(to + kSub / 2 * PW, kSub / 2 * PW, 0u);
@@ -135,7 +129,8 @@ struct PairForward {
     const auto& params = core.x;
     const hn::ScalableTag<float> d;
     const size_t n = L.valid(p);
-    const BFloat16* v = static_cast<const BFloat16*>(params.v) + head * params.V + p * L.PW;
+    const BFloat16* v =
+        static_cast<const BFloat16*>(params.v) + head * params.V + core.column + p * L.PW;
     for (size_t i = 0; i < kSub; ++i, x += L.PW) {
       const bool valid = r + i < tokens;
       const BFloat16* row = v + (valid ? (begin + r + i) * params.HV * params.V : 0);
@@ -152,7 +147,6 @@ struct PairForward {
   size_t tokens = 0;
   float *outputs, *values;            // [panels][C][PW]
   float* rests = nullptr;             // [panels][C][PW] values without beta
-  size_t buffers;                     // of the following
   uint32_t* state_pairs;              // [Kp/2][PW] a panel of the state at the chunk's start
   uint32_t *value_pairs, *end_pairs;  // [C/2][PW] a panel of U; and decayed to the chunk's end
 };

@@ -11,15 +11,15 @@
 
 namespace gdn::delta_rule {
 
-// Heads [h0, h1) of sequence n.
+// Heads [h0, h1) of sequence n; forward: columns [v0, v1) of their values.
 struct Task {
-  int64_t n, h0, h1;
+  int64_t n, h0, h1, v0, v1;
 };
 
 struct Plan {
-  std::vector<Task> tasks;  // longest first
-  int64_t heads = 1;        // of a task at most
-  bool together = false;    // all threads on one head at a time, tasks one after the other
+  std::vector<Task> tasks;     // of one thread each
+  std::vector<Task> together;  // of all threads, after those
+  int64_t heads = 1;           // of a task at most
 };
 
 // Whether bf16 inputs are multiplied as bf16 (simd/pairs.h), not converted to fp32.
@@ -31,8 +31,9 @@ inline int64_t pair_chunk_size(const DeltaRuleParams& params) {
   return params.chunk_size != 0 ? params.chunk_size : 32;
 }
 
-// Value heads forward, key heads backward; `panels` of values and `state_bytes` of one value head.
-Plan forward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);
-Plan backward_plan(const DeltaRuleParams& params, size_t panels, size_t state_bytes);
+// Value heads forward, key heads backward; columns of a panel of values, bytes of a value head's
+// state.
+Plan forward_plan(const DeltaRuleParams& params, int64_t panel_width, size_t state_bytes);
+Plan backward_plan(const DeltaRuleParams& params, int64_t panel_width, size_t state_bytes);
 
 }  // namespace gdn::delta_rule

@@ -44,29 +44,15 @@ void share_out(const std::vector<delta_rule::Task>& tasks, MakeWorker make, Work
   });
 }
 
-// Runs the tasks of a plan, each by one thread with a ByHead, or one after the other with a
-// Together.
-template <typename ByHead, typename Together, typename Work>
-void run_plan(const DeltaRuleParams& params, const delta_rule::Plan& plan, Work work) {
-  if (plan.together) {
-    auto worker = make_worker<Together>(params);
-    for (const auto& task : plan.tasks) work(worker, task);
-    return;
-  }
-  share_out(
-      plan.tasks, [&] { return make_worker<ByHead>(params, plan.heads); }, work);
-}
-
 template <typename Chunk>
 void run_forward(const DeltaRuleParams& params, const DeltaRuleOutputs& out) {
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
   const auto L = Chunk::layout(params);
   const auto plan =
-      delta_rule::forward_plan(params, L.panels, L.state_size() * sizeof(typename Chunk::T));
-  run_plan<ForwardByHead<Chunk>, ForwardTogether<Chunk>>(
-      params, plan, [&](auto& worker, const delta_rule::Task& task) {
-        worker.run(out, task.n, task.h0, task.h1, offsets[task.n]);
-      });
+      delta_rule::forward_plan(params, L.PW, L.state_size() * sizeof(typename Chunk::T));
+  share_out(
+      plan.tasks, [&] { return make_worker<Forward<Chunk>>(params, plan.heads); },
+      [&](auto& worker, const delta_rule::Task& task) { worker.run(out, task, offsets[task.n]); });
 }
 
 template <typename Chunk>
@@ -74,11 +60,15 @@ void run_backward(const DeltaRuleParams& params, const void* saved, const DeltaR
   const std::vector<int64_t> offsets = delta_rule::saved_offsets(params);
   using T = typename Chunk::T;
   const auto L = Chunk::layout(params);
-  const auto plan = delta_rule::backward_plan(params, L.panels, L.state_size() * sizeof(T));
-  run_plan<BackwardByHead<Chunk>, BackwardTogether<Chunk>>(
-      params, plan, [&](auto& worker, const delta_rule::Task& task) {
-        worker.run(static_cast<const T*>(saved), grads, task.n, task.h0, task.h1, offsets[task.n]);
-      });
+  const auto plan = delta_rule::backward_plan(params, L.PW, L.state_size() * sizeof(T));
+  const auto work = [&](auto& worker, const delta_rule::Task& task) {
+    worker.run(static_cast<const T*>(saved), grads, task, offsets[task.n]);
+  };
+  share_out(
+      plan.tasks, [&] { return make_worker<BackwardByHead<Chunk>>(params, plan.heads); }, work);
+  if (plan.together.empty()) return;
+  auto worker = make_worker<BackwardTogether<Chunk>>(params);
+  for (const auto& task : plan.together) work(worker, task);
 }
 
 }  // namespace HWY_NAMESPACE
