@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunk form with bf16 products, forward and backward, against the oracle, on every backend
 // that this CPU has.
-#include <cstdlib>
-#include <memory>
+#include <string>
 
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/simd/pairs.h"
 #include "tests/kernels/delta_rule_problem.h"
+#include "tests/kernels/pair_backend.h"
 
 namespace gdn::delta_rule_test {
 namespace {
@@ -15,16 +14,7 @@ namespace {
 // gets the same bf16 inputs, so what differs is the roundings inside.
 constexpr double kBound = 6e-3;
 
-class DeltaRulePairs : public testing::TestWithParam<const char*> {
- protected:
-  void SetUp() override {
-    if (!choose_pairs(GetParam()) || std::string(pair_backend()) != GetParam()) {
-      choose_pairs(std::getenv("GDN_BF16"));
-      GTEST_SKIP() << "this CPU, or GDN_SIMD, leaves out " << GetParam();
-    }
-  }
-  void TearDown() override { choose_pairs(std::getenv("GDN_BF16")); }
-};
+class DeltaRulePairs : public PairBackendTest {};
 
 Case bf16_case() {
   Case c;
@@ -43,11 +33,11 @@ void check(const Case& c, double bound = kBound) {
 // Whether bf16 products took part: fp32 gives other bits.
 bool multiplies_pairs(const Case& c) {
   Problem problem(c);
-  const char* backend = pair_backend();
+  const std::string backend = pair_backend();
   const Results with = problem.chunk();
   choose_pairs("off");
   const Results without = problem.chunk();
-  choose_pairs(backend);
+  PairBackendTest::choose(backend);
   return with.o.bytes() != without.o.bytes();
 }
 
@@ -193,7 +183,7 @@ TEST_P(DeltaRulePairs, ErrorBound) {
   for (const DeltaGate gate : {DeltaGate::kScalar, DeltaGate::kChannel}) {
     Case c = bf16_case();
     c.gate = gate;
-    c.H = c.HV = std::string(GetParam()) == "emulated" ? 2 : 16;
+    c.H = c.HV = std::string(GetParam()) == "avx512" ? 16 : 2;
     c.K = c.V = 128;
     c.lengths = {512};
     Problem problem(c);
@@ -240,8 +230,7 @@ TEST_P(DeltaRulePairs, ErrorBound) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, DeltaRulePairs, testing::Values("emulated", "avx512", "amx"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Backends, DeltaRulePairs, pair_backends(), backend_name);
 
 }  // namespace
 }  // namespace gdn::delta_rule_test

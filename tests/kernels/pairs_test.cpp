@@ -12,21 +12,14 @@
 
 #include "gdn/base/rng.h"
 #include "gdn/kernels/simd/targets.h"
+#include "tests/kernels/pair_backend.h"
 
 namespace gdn {
 namespace {
 
-class Pairs : public testing::TestWithParam<const char*> {
+class Pairs : public PairBackendTest {
  protected:
-  void SetUp() override {
-    if (!choose_pairs(GetParam()) || std::string(pair_backend()) != GetParam()) {
-      choose_pairs(std::getenv("GDN_BF16"));
-      GTEST_SKIP() << "this CPU, or GDN_SIMD, leaves out " << GetParam();
-    }
-    kernels_ = pair_kernels();
-  }
-  void TearDown() override { choose_pairs(std::getenv("GDN_BF16")); }
-  const PairKernels* kernels_ = nullptr;
+  const PairKernels& kernels() { return *pair_kernels(); }
 };
 
 std::vector<float> normal(Rng& rng, size_t n) {
@@ -35,7 +28,7 @@ std::vector<float> normal(Rng& rng, size_t n) {
   return v;
 }
 
-TEST_P(Pairs, AgreesWithTheEmulation) { EXPECT_TRUE(agrees_with_emulation(*kernels_)); }
+TEST_P(Pairs, AgreesWithTheEmulation) { EXPECT_TRUE(agrees_with_emulation(kernels())); }
 
 TEST(PairsAgreement, IsDeniedToAWrongProduct) {
   choose_pairs("emulated");
@@ -67,13 +60,13 @@ TEST_P(Pairs, ProductEqualsTheSumInDouble) {
     for (auto& x : a) x = to_bf16(static_cast<float>(rng.normal()));
     const auto b = normal(rng, s.k * ldb), before = normal(rng, s.m * ldc), keep = normal(rng, s.m);
     std::vector<uint32_t> pairs(s.k / 2 * ldb);
-    kernels_->pack({s.k, s.n, b.data(), ldb}, pairs.data(), ldb);
+    kernels().pack({s.k, s.n, b.data(), ldb}, pairs.data(), ldb);
     for (const int mode : {0, 1, 2}) {  // set, one factor, a factor per row
       auto c = before;
-      kernels_->begin();
-      kernels_->product({s.m, s.n, s.k, a.data(), lda, pairs.data(), ldb, c.data(), ldc,
+      kernels().begin();
+      kernels().product({s.m, s.n, s.k, a.data(), lda, pairs.data(), ldb, c.data(), ldc,
                          mode == 0 ? nullptr : keep.data(), mode == 2 ? size_t{1} : 0});
-      kernels_->end();
+      kernels().end();
       for (size_t i = 0; i < s.m; ++i) {
         for (size_t j = 0; j < ldc; ++j) {
           const double old = before[i * ldc + j];
@@ -108,8 +101,8 @@ TEST_P(Pairs, OperandsAreRoundedToNearestEven) {
   for (const float* f : {static_cast<const float*>(nullptr), factors.data()}) {
     std::vector<BFloat16> rounded(rows * ld, {0x1234});
     std::vector<uint32_t> pairs(rows / 2 * ld, 0x12345678u);
-    kernels_->round({rows, n, x.data(), ld, f}, rounded.data(), ld);
-    kernels_->pack({rows, n, x.data(), ld, f}, pairs.data(), ld);
+    kernels().round({rows, n, x.data(), ld, f}, rounded.data(), ld);
+    kernels().pack({rows, n, x.data(), ld, f}, pairs.data(), ld);
     for (size_t i = 0; i < rows; ++i) {
       for (size_t j = 0; j < ld; ++j) {
         const BFloat16 expected =
@@ -126,8 +119,7 @@ TEST_P(Pairs, OperandsAreRoundedToNearestEven) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Backends, Pairs, testing::Values("emulated", "avx512", "amx"),
-                         [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Backends, Pairs, pair_backends(), backend_name);
 
 TEST(PairsChoice, UnknownNamesAreIgnoredWithOneLine) {
   choose_pairs(nullptr);

@@ -152,56 +152,48 @@ struct alignas(64) TileConfig {
   uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+// Not on the stack: GCC's _tile_loadconfig tells the compiler of the first 8 bytes it reads only,
+// so the stores of the others would go.
+constexpr TileConfig kTileConfig;
 
-GDN_AMX void amx_begin() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-}
+GDN_AMX void amx_begin() { _tile_loadconfig(&kTileConfig); }
 GDN_AMX void amx_end() { _tile_release(); }
 
-// 32 x 32 of C in tiles 0 to 3.
-GDN_AMX void amx_four_tiles(const PairProduct& p, const BFloat16* a, const uint32_t* b, float* c) {
+// kRows x kColumns tiles of C, 1 or 2 each, in tiles 0 to 3 over the whole depth.
+template <size_t kRows, size_t kColumns>
+GDN_AMX void amx_tiles(const PairProduct& p, const BFloat16* a, const uint32_t* b, float* c) {
+  constexpr bool kBelow = kRows == 2, kRight = kColumns == 2;
   const size_t ldc = p.ldc * 4, lda = p.lda * 2, ldb = p.ldb * 4;
   float* below = c + 16 * p.ldc;
   if (p.keep != nullptr) {
     _tile_loadd(0, c, ldc);
-    _tile_loadd(1, c + 16, ldc);
-    _tile_loadd(2, below, ldc);
-    _tile_loadd(3, below + 16, ldc);
+    if constexpr (kRight) _tile_loadd(1, c + 16, ldc);
+    if constexpr (kBelow) _tile_loadd(2, below, ldc);
+    if constexpr (kBelow && kRight) _tile_loadd(3, below + 16, ldc);
   } else {
     _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (kRight) _tile_zero(1);
+    if constexpr (kBelow) _tile_zero(2);
+    if constexpr (kBelow && kRight) _tile_zero(3);
   }
   for (size_t l = 0; l < p.k; l += 32, a += 32, b += 16 * p.ldb) {
     _tile_loadd(4, a, lda);
-    _tile_loadd(5, a + 16 * p.lda, lda);
     _tile_loadd(6, b, ldb);
-    _tile_loadd(7, b + 16, ldb);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kRight) {
+      _tile_loadd(7, b + 16, ldb);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kBelow) {
+      _tile_loadd(5, a + 16 * p.lda, lda);
+      _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (kBelow && kRight) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, ldc);
-  _tile_stored(1, c + 16, ldc);
-  _tile_stored(2, below, ldc);
-  _tile_stored(3, below + 16, ldc);
-}
-
-GDN_AMX void amx_one_tile(const PairProduct& p, const BFloat16* a, const uint32_t* b, float* c) {
-  if (p.keep != nullptr) {
-    _tile_loadd(0, c, p.ldc * 4);
-  } else {
-    _tile_zero(0);
-  }
-  for (size_t l = 0; l < p.k; l += 32, a += 32, b += 16 * p.ldb) {
-    _tile_loadd(4, a, p.lda * 2);
-    _tile_loadd(6, b, p.ldb * 4);
-    _tile_dpbf16ps(0, 4, 6);
-  }
-  _tile_stored(0, c, p.ldc * 4);
+  if constexpr (kRight) _tile_stored(1, c + 16, ldc);
+  if constexpr (kBelow) _tile_stored(2, below, ldc);
+  if constexpr (kBelow && kRight) _tile_stored(3, below + 16, ldc);
 }
 
 GDN_AVX512_BF16 void scale_rows(const PairProduct& p) {
@@ -216,19 +208,17 @@ GDN_AVX512_BF16 void scale_rows(const PairProduct& p) {
 
 void amx_product(const PairProduct& p) {
   if (p.keep != nullptr && (p.keep_step != 0 || *p.keep != 1.0f)) scale_rows(p);
+  // GCC's _tile_loadd does not say that it reads memory: what was stored before must be there.
+  asm volatile("" ::: "memory");
   for (size_t i = 0; i < p.m; i += 32) {
     const BFloat16* a = p.a + i * p.lda;
+    const bool below = i + 32 <= p.m;
     for (size_t j = 0; j < p.n; j += 32) {
-      float* c = p.c + i * p.ldc + j;
-      if (i + 32 <= p.m && j + 32 <= p.n) {
-        amx_four_tiles(p, a, p.b + j, c);
-        continue;
-      }
-      for (size_t di = 0; di < 32 && i + di < p.m; di += 16) {
-        for (size_t dj = 0; dj < 32 && j + dj < p.n; dj += 16) {
-          amx_one_tile(p, a + di * p.lda, p.b + j + dj, c + di * p.ldc + dj);
-        }
-      }
+      const bool right = j + 32 <= p.n;
+      const auto tiles = below   ? right ? amx_tiles<2, 2> : amx_tiles<2, 1>
+                           : right ? amx_tiles<1, 2>
+                                 : amx_tiles<1, 1>;
+      tiles(p, a, p.b + j, p.c + i * p.ldc + j);
     }
   }
 }
@@ -350,4 +340,17 @@ const char* pair_backend() {
                                                     : "emulated";
 }
 
+namespace internal {
+
+bool choose_unchecked_amx() {
+#if GDN_PAIRS_X86
+  if (!has_avx512_bf16()) return false;
+  chosen = &kAmx;
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace internal
 }  // namespace gdn

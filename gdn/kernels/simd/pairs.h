@@ -75,4 +75,11 @@ bool choose_pairs(const char* name);
 // "amx", "avx512", "emulated" or "off", after pair_kernels().
 const char* pair_backend();
 
+namespace internal {
+// For tests that execute AMX's instructions themselves where the CPU lacks them: chooses AMX
+// without asking CPUID, Linux or agrees_with_emulation. False without AVX512_BF16, which the
+// backend uses beside its tiles.
+bool choose_unchecked_amx();
+}  // namespace internal
+
 }  // namespace gdn
