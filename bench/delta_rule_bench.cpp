@@ -14,6 +14,7 @@
 
 #include "bench/delta_rule_problem.h"
 #include "bench/delta_rule_table.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
 #include "gdn/kernels/simd/targets.h"
@@ -57,7 +58,7 @@ void recurrent(benchmark::State& state, Shape shape) {
 void step(benchmark::State& state, Shape shape) {
   Problem problem(shape);
   const int64_t size = shape.B * shape.HV * shape.K * shape.V;
-  std::vector<float> pool(size, 0.01f);
+  PageVector<float> pool(size, 0.01f);
   for (auto _ : state) delta_rule_step(problem.x, {pool.data(), shape.B}, problem.o.data());
   state.counters["GB/s"] = benchmark::Counter(2.0 * size * sizeof(float) * 1e-9,
                                               benchmark::Counter::kIsIterationInvariantRate);

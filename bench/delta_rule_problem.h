@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "gdn/base/pages.h"
 #include "gdn/base/rng.h"
 #include "gdn/kernels/delta_rule/delta_rule.h"
 
@@ -26,7 +27,7 @@ struct Problem {
   explicit Problem(const Shape& s, bool training = true) {
     Rng rng(1);
     const auto normal = [&](int64_t n, double scale) {
-      std::vector<float> v(n);
+      PageVector<float> v(n);
       for (float& e : v) e = static_cast<float>(scale * rng.normal());
       return v;
     };
@@ -81,7 +82,7 @@ struct Problem {
   }
 
   std::vector<int64_t> ends;
-  std::vector<float> q, k, v, a, p, g, beta, o, saved, d_o, dq, dk, dv, da, dp, dg, dbeta;
+  PageVector<float> q, k, v, a, p, g, beta, o, saved, d_o, dq, dk, dv, da, dp, dg, dbeta;
   DeltaRuleParams x;
   DeltaRuleGrads grads;
   double forward_flops, backward_flops;  // of the multiply-adds that the chunk form cannot avoid

@@ -12,6 +12,7 @@
 
 #include "bench/bandwidth.h"
 #include "bench/delta_rule_problem.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
 #include "gdn/kernels/simd/pairs.h"
@@ -134,8 +135,8 @@ void decode_rows(Table& table) {
   for (const int64_t heads : {16, 32, 64, 128, 256, 512}) {
     const int64_t B = heads / 16;
     Problem p({B, 1, 16, 16, 128, 128});
-    std::vector<float> pool(heads * 128 * 128, 0.01f);
-    std::vector<uint16_t> half(pool.size(), 0x3c00);
+    PageVector<float> pool(heads * 128 * 128, 0.01f);
+    PageVector<uint16_t> half(pool.size(), 0x3c00);
     // One after the other: each finds in the caches what it left there itself.
     const auto alone = [](const Function& f) { return medians({f}, 0.15)[0]; };
     const double step = alone([&] { delta_rule_step(p.x, {pool.data(), B}, p.o.data()); });

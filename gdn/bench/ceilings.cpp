@@ -104,6 +104,8 @@ HWY_AFTER_NAMESPACE();
 
 #include <fstream>
 
+#include "gdn/base/pages.h"
+
 #if HWY_ARCH_X86 && defined(__GNUC__)
 #include <immintrin.h>
 #define GDN_BENCH_X86 1
@@ -122,14 +124,9 @@ HWY_EXPORT(rmw_work);
 HWY_EXPORT(copy_work);
 
 using Clock = std::chrono::steady_clock;
-using Buffer = std::unique_ptr<float, void (*)(void*)>;
+using Buffer = PageVector<float>;
 
-Buffer make_buffer(int64_t n) {
-  const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + 4095) / 4096 * 4096;
-  Buffer buffer(static_cast<float*>(std::aligned_alloc(4096, bytes)), &std::free);
-  std::fill(buffer.get(), buffer.get() + n, 0.5f);
-  return buffer;
-}
+Buffer make_buffer(int64_t n) { return Buffer(static_cast<size_t>(n), 0.5f); }
 
 // Work per second of all threads together: the best of several runs. `work(rounds)` is called in
 // each thread with the function that `make()` gave it there, so that a thread touches its own
@@ -294,8 +291,8 @@ double small_gemm_gflops(int threads, int64_t m, int64_t n, int64_t k, int64_t b
            return [=](int64_t rounds) {
              // Small factors keep the growing sums finite.
              const int64_t inputs = m * k;
-             std::fill((*data).get(), (*data).get() + inputs, 1e-6f);
-             return HWY_DYNAMIC_DISPATCH(gemm_work)(rounds, m, n, k, batch, (*data).get());
+             std::fill(data->data(), data->data() + inputs, 1e-6f);
+             return HWY_DYNAMIC_DISPATCH(gemm_work)(rounds, m, n, k, batch, data->data());
            };
          });
 }
@@ -305,7 +302,7 @@ double exp_grate(int threads) {
   return 1e-9 * best_rate(threads, [] {
            const auto data = std::make_shared<Buffer>(make_buffer(kCount));
            return [=](int64_t rounds) {
-             return HWY_DYNAMIC_DISPATCH(exp_work)(rounds, (*data).get(), kCount);
+             return HWY_DYNAMIC_DISPATCH(exp_work)(rounds, data->data(), kCount);
            };
          });
 }
@@ -317,7 +314,7 @@ double bandwidth_gbs(int threads, Access access, int64_t bytes) {
                                                          : HWY_DYNAMIC_DISPATCH(copy_work);
   return 1e-9 * best_rate(threads, [=] {
            const auto data = std::make_shared<Buffer>(make_buffer(n));
-           return [=](int64_t rounds) { return work(rounds, (*data).get(), n); };
+           return [=](int64_t rounds) { return work(rounds, data->data(), n); };
          });
 }
 

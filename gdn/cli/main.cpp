@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The program is gdn_main of libgdn. The library is opened here, not linked, because libgomp reads
 // its settings while it is loaded: by default its idle threads spin for milliseconds, and where
-// another process wants the core too a training step takes ten times as long.
+// another process wants the core too a training step takes ten times as long. So does torch: with
+// tensors on huge pages, long sequences, whose rows lie pages apart, go up to a tenth faster.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -18,6 +19,7 @@ int main(int argc, char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") == nullptr) {
     setenv("GOMP_SPINCOUNT", kSpinCount, /*overwrite=*/0);
   }
+  setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);
   void* library = dlopen("libgdn.so", RTLD_NOW | RTLD_GLOBAL);
   if (library == nullptr) {
     std::fprintf(stderr, "gdn: cannot load libgdn.so: %s\n", dlerror());

@@ -1,29 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/kernels/delta_rule/common.h"
 
-#include <memory>
-#include <new>
-
 #include "gdn/base/check.h"
-#include "gdn/kernels/delta_rule/scratch.h"
 
 namespace gdn::delta_rule {
-
-uint8_t* thread_scratch(size_t bytes) {
-  constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, kAlignment); }
-  };
-  thread_local std::unique_ptr<uint8_t, Free> block;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    block.reset();
-    size = 0;
-    block.reset(static_cast<uint8_t*>(::operator new(bytes, kAlignment)));
-    size = bytes;
-  }
-  return block.get();
-}
 
 void check_params(const DeltaRuleParams& p, const char* op) {
   GDN_CHECK(p.num_sequences >= 0 && p.total_tokens >= 0, "[", op,

@@ -12,7 +12,7 @@
 #include <cmath>
 #include <limits>
 
-#include "gdn/kernels/carver.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/common.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"

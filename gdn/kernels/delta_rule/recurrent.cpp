@@ -8,7 +8,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/delta_rule/scratch.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/token-inl.h"
 #include "hwy/highway.h"
 
@@ -147,7 +147,7 @@ void run_recurrent(const DeltaRuleParams& params, const DeltaRuleOutputs& out) {
   parallel_for(0, params.num_sequences * params.HV, 1, [&](int64_t begin, int64_t end) {
     Carver dry(nullptr);
     Recurrent<T>{params, dry};
-    Carver carve(delta_rule::thread_scratch(dry.used()));
+    Carver carve(thread_scratch(dry.used()));
     Recurrent<T> worker(params, carve);
     for (int64_t task = begin; task < end; ++task)
       worker.run(out, task / params.HV, task % params.HV);

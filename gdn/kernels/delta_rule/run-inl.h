@@ -15,7 +15,7 @@
 #include "gdn/kernels/delta_rule/backward_run-inl.h"
 #include "gdn/kernels/delta_rule/forward-inl.h"
 #include "gdn/kernels/delta_rule/plan.h"
-#include "gdn/kernels/delta_rule/scratch.h"
+#include "gdn/kernels/scratch.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
@@ -26,7 +26,7 @@ template <typename Worker, typename... Args>
 Worker make_worker(Args&&... args) {
   Carver dry(nullptr);
   Worker{args..., dry};
-  Carver carve(delta_rule::thread_scratch(dry.used()));
+  Carver carve(thread_scratch(dry.used()));
   return Worker(args..., carve);
 }
 

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/delta_rule/scratch.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/token-inl.h"
 #include "gdn/kernels/simd-inl.h"
 #include "hwy/highway.h"
@@ -148,7 +148,7 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
   parallel_for(0, params.num_sequences * HV, grain, [&](int64_t begin, int64_t end) {
     Carver dry(nullptr);
     Step<T, S>{params, dry};
-    Carver carve(delta_rule::thread_scratch(dry.used()));
+    Carver carve(thread_scratch(dry.used()));
     Step<T, S> worker(params, carve);
     for (int64_t task = begin; task < end; ++task) {
       if (S* s = state(task); s != nullptr) {

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "gdn/kernels/carver.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"

@@ -7,7 +7,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/delta_rule/scratch.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/test_time_memory/backward-inl.h"
 #include "gdn/kernels/test_time_memory/forward-inl.h"
 #include "gdn/kernels/test_time_memory/step-inl.h"
@@ -22,7 +22,7 @@ template <typename Worker, typename... Args>
 Worker make_memory_worker(const Args&... args) {
   Carver dry(nullptr);
   Worker{args..., dry};
-  Carver arena(delta_rule::thread_scratch(dry.used()));
+  Carver arena(thread_scratch(dry.used()));
   return Worker{args..., arena};
 }
 

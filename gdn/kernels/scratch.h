@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
+// Scratch memory of kernels that need a few hundred KiB per thread.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 namespace gdn {
+
+// At least `bytes` of 64-byte aligned memory of the calling thread, kept for its next call:
+// allocating the few hundred KiB of a worker anew would cost page faults worth several chunks.
+uint8_t* thread_scratch(size_t bytes);
 
 // Hands out aligned pieces of one block; a first pass with base null finds the block's size.
 class Carver {

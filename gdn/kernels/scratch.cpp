@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gdn/kernels/scratch.h"
+
+#include "gdn/base/pages.h"
+
+namespace gdn {
+
+uint8_t* thread_scratch(size_t bytes) {
+  thread_local PageVector<uint8_t> block;
+  // A whole huge page where most of one is needed anyway.
+  if (bytes > kHugePage / 8) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  if (block.size() < bytes) {
+    block = {};
+    block.resize(bytes);
+  }
+  return block.data();
+}
+
+}  // namespace gdn
