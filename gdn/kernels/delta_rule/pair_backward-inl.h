@@ -93,14 +93,14 @@ struct PairBackward : ChunkBackward<float, PairCore> {
   void key_products(const float* s, const float* ds) {
     const auto& L = core.L;
     const size_t C = L.C, Kp = L.Kp, PW = L.PW, first = L.first, reads = 2 * C - first;
-    const size_t Vp = L.panels * PW;
+    const size_t Vp = L.panels * PW, rows = core.product_rows();
     round_panels(C, values, C * PW, value_rows);
     round_panels(reads, xdo + first * PW, 2 * C * PW, xdo_rows + first * Vp);
     transpose_to_pairs(C, Vp, value_rows, Vp, values_pairs, C);
     transpose_to_pairs(reads, Vp, xdo_rows + first * Vp, Vp, xdo_pairs + first, 2 * C);
     for (size_t half = first; half < 2 * C; half += C) {
-      for (size_t r = 0; r < C; r += kSub) {
-        core.kernels.product({kSub, r + kSub, Vp, xdo_rows + (half + r) * Vp, Vp, values_pairs, C,
+      for (size_t r = 0; r < C; r += rows) {
+        core.kernels.product({rows, r + rows, Vp, xdo_rows + (half + r) * Vp, Vp, values_pairs, C,
                               dZ + (half + r) * C, C});
       }
     }
@@ -116,9 +116,9 @@ struct PairBackward : ChunkBackward<float, PairCore> {
 
   size_t pauses() const {
     const auto& L = core.L;
-    return (L.panels * (2 * L.C + L.Kp) + 2 * L.Kp) / kSub;
+    return (L.panels * (2 * L.C + L.Kp) + 2 * L.Kp) / core.product_rows();
   }
-  size_t advance_pauses() const { return core.L.panels * core.L.Kp / kSub; }
+  size_t advance_pauses() const { return core.L.panels * core.L.Kp / core.product_rows(); }
 
  private:
   uint32_t* tokens_of(size_t p) const { return token_pairs + p % buffers * core.L.C * core.L.PW; }

@@ -90,9 +90,12 @@ struct PairCore : Core<float> {
     const PairKernels& kernels;
   };
 
+  // Rows of C that go into a call of the product: four tiles of AMX share their operands.
+  size_t product_rows() const { return kernels.backend == PairBackend::kAmx ? 32 : kSub; }
+
   // C = keep * C + A B by blocks of rows, with some prefetches between.
   HWY_INLINE void multiply(PairProduct p) {
-    const size_t m = p.m, rows = kernels.backend == PairBackend::kAmx ? 32 : kSub;
+    const size_t m = p.m, rows = product_rows();
     for (size_t i = 0; i < m; i += rows) {
       p.m = std::min(rows, m - i);
       kernels.product(p);
@@ -144,13 +147,13 @@ struct PairCore : Core<float> {
   }
 
   void scores() {
-    const size_t C = L.C, Kp = L.Kp;
+    const size_t C = L.C, Kp = L.Kp, rows = product_rows();
     if (L.channel) {
       for (size_t r = 0; r < C; r += kSub) channel_scores(r);
     } else {
       for (size_t half = L.first; half < 2 * C; half += C) {
-        for (size_t r = 0; r < C; r += kSub) {
-          kernels.product({kSub, r + kSub, Kp, readers + (half + r) * Kp, Kp, writers_pairs, C,
+        for (size_t r = 0; r < C; r += rows) {
+          kernels.product({rows, r + rows, Kp, readers + (half + r) * Kp, Kp, writers_pairs, C,
                            Z + (half + r) * C, C});
         }
       }

@@ -84,7 +84,7 @@ struct PairForward {
     core.expect_values(x.dtype, x.v, t, n, hv);
     core.expect_values(x.dtype, out.o, t, n, hv);
     if (x.erase != DeltaErase::kNone) core.expect_values(DType::kF32, out.saved, t, n, hv);
-    core.ahead.spread(L.panels * (3 * L.C - L.first + L.Kp) / kSub);
+    core.ahead.spread(L.panels * (3 * L.C - L.first + L.Kp) / core.product_rows());
   }
 
   PairCore core;
