@@ -49,6 +49,20 @@ TEST(PairsAgreement, IsDeniedToAWrongProduct) {
   EXPECT_TRUE(agrees_with_emulation(right));
 }
 
+// Emulation is never left out silently, and it is the tiles that multiply.
+TEST(PairsOfAmx, AreMultipliedWhereverTheyCanBeEmulated) {
+  if (!amx_emulator::install()) GTEST_SKIP() << "no emulation here, or AMX itself";
+  const bool has_avx512 = PairBackendTest::choose("avx512");
+  EXPECT_EQ(PairBackendTest::choose("amx"), has_avx512);
+  if (has_avx512) {
+    const uint64_t before = amx_emulator::counts().products;
+    EXPECT_TRUE(agrees_with_emulation(*pair_kernels()));
+    EXPECT_GT(amx_emulator::counts().products, before);
+    EXPECT_EQ(find_pair_kernels("amx"), nullptr) << "the emulator reaches only who asks for it";
+  }
+  choose_pairs(std::getenv("GDN_BF16"));
+}
+
 TEST_P(Pairs, ProductEqualsTheSumInDouble) {
   Rng rng(1);
   struct Size {

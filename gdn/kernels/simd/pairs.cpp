@@ -294,6 +294,9 @@ bool agrees_with_emulation(const PairKernels& kernels) {
     p.keep = keep.data();
     p.keep_step = 1;
     k.product(p);
+    p.keep = keep.data() + 1;
+    p.keep_step = 0;
+    k.product(p);
   };
   both(kEmulated, expected.data());
   kernels.begin();
