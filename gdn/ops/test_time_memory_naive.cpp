@@ -26,13 +26,15 @@ using at::Tensor;
 using Layers = std::vector<Tensor>;  // [N,H,in (+1),out]
 
 Layers split(const Tensor& flat, int64_t D, const MemoryConfig& config) {
-  Layers layers;
-  int64_t at = 0;
+  std::vector<int64_t> rows, sizes;
   for (int64_t l = 0; l < config.depth; ++l) {
-    const int64_t rows = (l == 0 ? D : config.hidden) + (config.bias ? 1 : 0);
-    const int64_t out = l + 1 == config.depth ? D : config.hidden;
-    layers.push_back(flat.narrow(2, at, rows * out).unflatten(2, {rows, out}));
-    at += rows * out;
+    rows.push_back((l == 0 ? D : config.hidden) + (config.bias ? 1 : 0));
+    sizes.push_back(rows.back() * (l + 1 == config.depth ? D : config.hidden));
+  }
+  // Cut at once: the gradient of a slice is as long as what it was cut from.
+  Layers layers = flat.split_with_sizes(sizes, 2);
+  for (int64_t l = 0; l < config.depth; ++l) {
+    layers[l] = layers[l].unflatten(2, {rows[l], sizes[l] / rows[l]});
   }
   return layers;
 }

@@ -3,7 +3,10 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/index_copy.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/matmul.h>
@@ -14,6 +17,7 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +31,8 @@
 
 namespace gdn {
 namespace {
+
+constexpr double kPersistentStd = 0.02;
 
 // The definition in double: for each token one softmax over the list of keys that it sees.
 at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
@@ -63,23 +69,35 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k
                   const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible,
                   bool naive) {
   if (naive) return naive_attend(q, q0, k, v, prefix, visible);
+  const int64_t R = q.size(0), H = q.size(2);
   const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
-  const at::Tensor values = v.transpose(1, 2);
-  at::Tensor scores = at::matmul(q.transpose(1, 2) * scale, k.permute({0, 2, 3, 1}));  // [R,H,T,S]
-  if (visible.defined())
-    scores = scores.masked_fill(visible.logical_not(), -std::numeric_limits<double>::infinity());
-  if (!prefix.k.defined()) return at::matmul(at::softmax(scores, -1), values).transpose(1, 2);
-  const int64_t count = prefix.k.size(0);
-  const at::Tensor ahead = at::matmul(q0.transpose(1, 2) * scale, prefix.k.permute({1, 2, 0}));
-  const at::Tensor weights = at::softmax(at::cat({ahead, scores}, -1), -1);
-  return (at::matmul(weights.narrow(3, 0, count), prefix.v.transpose(0, 1)) +
-          at::matmul(weights.narrow(3, count, k.size(1)), values))
-      .transpose(1, 2);
+  auto by_head = [](const at::Tensor& t) { return t.transpose(1, 2).flatten(0, 1); };  // [R H,.,D]
+  const at::Tensor queries = by_head(q * scale), keys = by_head(k).transpose(1, 2);
+  at::Tensor scores;  // [R H,T,S]
+  if (visible.defined()) {
+    const at::Tensor hidden =
+        at::zeros(visible.sizes(), q.options().requires_grad(false))
+            .masked_fill_(visible.logical_not(), -std::numeric_limits<double>::infinity());
+    scores = at::baddbmm(hidden, queries, keys);
+  } else {
+    scores = at::bmm(queries, keys);
+  }
+  at::Tensor values = v;
+  if (prefix.k.defined()) {
+    const at::Tensor ahead =
+        at::matmul((q0 * scale).transpose(1, 2), prefix.k.permute({1, 2, 0}));  // [R,H,T,N_p]
+    scores = at::cat({ahead.flatten(0, 1), scores}, -1);
+    values = at::cat({prefix.v.unsqueeze(0).expand({R, -1, -1, -1}), v}, 1);
+  }
+  return at::bmm(at::softmax(scores, -1), by_head(values)).unflatten(0, {R, H}).transpose(1, 2);
 }
 
 at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive) {
+  return rotated(x, at::arange(position, position + x.size(1), at::kLong), theta, naive);
+}
+
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& positions, double theta, bool naive) {
   if (theta == 0 || x.size(1) == 0) return x;
-  const at::Tensor positions = at::arange(position, position + x.size(1), at::kLong);
   if (!naive) return ops::rotary(x, positions, theta);
   const int64_t D = x.size(3), half = D / 2;
   const at::Tensor exponents =
@@ -234,6 +252,24 @@ at::Tensor BranchGate::forward(const at::Tensor& y, const at::Tensor& m, bool na
   const at::Tensor a = y_norm_->forward(y, naive), b = m_norm_->forward(m, naive);
   if (product_) return act(a * b);
   return (both_ ? act(a) : a) * act(b);
+}
+
+MixerOption rope_option() {
+  return {"rope_theta", 10000.0,
+          "base of the rotary positions in the attention (with an even head_dim); 0: none"};
+}
+
+MixerOption persistent_option() {
+  return {"persistent_tokens", 4, "learned vectors that stand before every sequence; 0: none"};
+}
+
+at::Tensor add_persistent(torch::nn::Module& owner, const Options& options, const MixerArgs& args) {
+  const auto count = args.options.at("persistent_tokens").get<int64_t>();
+  options.check(count >= 0, "persistent_tokens must be an integer of at least 0, got ", count);
+  if (count == 0) return {};
+  c10::NoGradGuard no_grad;
+  return owner.register_parameter(
+      "persistent", at::empty({count, args.hidden_size}, at::kFloat).normal_(0.0, kPersistentStd));
 }
 
 }  // namespace gdn

@@ -26,7 +26,8 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k
                   const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible,
                   bool naive);
 
-// Rotary positions of x [R,T,H,D], the first token at `position`; theta 0: none.
+// Rotary positions of x [R,T,H,D], int64 [T], or counted from the first token's; theta 0: none.
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& positions, double theta, bool naive);
 at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive);
 
 // Causal attention in a sliding window. Its state is a ring: "window_k", "window_v"
@@ -66,5 +67,10 @@ class BranchGate : public torch::nn::Module {
 };
 
 std::vector<MixerOption> branch_gate_options();
+
+MixerOption rope_option();
+MixerOption persistent_option();
+// The parameter "persistent" [count,D] of that option, undefined for 0.
+at::Tensor add_persistent(torch::nn::Module& owner, const Options& options, const MixerArgs& args);
 
 }  // namespace gdn

@@ -5,8 +5,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "gdn/mixers/common/delta_layer.h"
 #include "gdn/mixers/mixer.h"
@@ -51,9 +53,18 @@ class TitansMac : public Mixer {
   State zero_state(int64_t sequences, const at::TensorOptions& options) const override;
 
  private:
+  struct Tokens;
+  struct Loop;
+  // Of a segment: of what was read from the memory and of the tokens, each [R,n,H,head_dim].
+  using KeysAndValues = std::array<at::Tensor, 4>;
+
+  at::Tensor heads(const at::Tensor& x) const;
+  Loop begin(const at::Tensor& x);
+  Tokens project(const at::Tensor& x, StateAccess& state, int64_t position);
   // Sequences at the same position; `local` holds their states.
-  at::Tensor run(const at::Tensor& x, State& local, int64_t position);
-  at::Tensor block(const at::Tensor& x, State& local, int64_t position, const PrefixKeys& prefix);
+  at::Tensor run(const at::Tensor& x, State& local, int64_t position, const Loop& loop);
+  std::pair<at::Tensor, at::Tensor> block(const Tokens& tokens, State& local, int64_t position,
+                                          const Loop& loop, KeysAndValues& segment);
 
   int64_t num_heads_, head_dim_, segment_, delay_;
   double rope_theta_;

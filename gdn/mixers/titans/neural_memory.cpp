@@ -201,10 +201,10 @@ at::Tensor NeuralMemory::previous_chunk_means(const at::Tensor& logits, StateAcc
   return all.empty() ? logits : at::cat(all, 0).view_as(logits);
 }
 
-void NeuralMemory::add_rates(ops::MemoryTensors& in, const at::Tensor& x,
+void NeuralMemory::add_rates(ops::MemoryTensors& in, const at::Tensor& projected,
                              StateAccess& state) const {
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
-  at::Tensor logits = rates_proj_->forward(x).to(acc);  // [B,T,rates*H]
+  const at::ScalarType acc = ops::acc_type(projected.scalar_type());
+  at::Tensor logits = projected.to(acc);  // [B,T,rates*H]
   if (per_chunk_) logits = previous_chunk_means(logits, state);
   const at::Tensor rates = at::sigmoid(logits + rates_bias_.to(acc));
   int64_t next = num_heads_;
@@ -226,28 +226,40 @@ MemoryStart NeuralMemory::learned_start(at::ScalarType dtype) const {
   return {start_->flat().to(ops::acc_type(dtype)), {}};
 }
 
+LoopLinear NeuralMemory::projections(const at::Tensor& x) {
+  return {{q_proj_.get(), k_proj_.get(), v_proj_.get(), rates_proj_.get()}, x};
+}
+
 at::Tensor NeuralMemory::forward(const at::Tensor& x, StateAccess& state, bool naive,
                                  const MemoryStart* start) {
-  const at::ScalarType acc = ops::acc_type(x.scalar_type());
+  return forward(
+      {q_proj_->forward(x), k_proj_->forward(x), v_proj_->forward(x), rates_proj_->forward(x)},
+      learned_start(x.scalar_type()), state, naive, start);
+}
+
+at::Tensor NeuralMemory::forward(const std::vector<at::Tensor>& projected,
+                                 const MemoryStart& learned, StateAccess& state, bool naive,
+                                 const MemoryStart* start) {
   ops::MemoryTensors in;
-  in.q = normed(convolve(q_conv_.get(), q_proj_->forward(x), state, "conv_q", naive), naive);
-  in.k = normed(convolve(k_conv_.get(), k_proj_->forward(x), state, "conv_k", naive), naive);
-  in.v = heads(convolve(v_conv_.get(), v_proj_->forward(x), state, "conv_v", naive));
-  add_rates(in, x, state);
-  add_norm(in, acc);
-  const MemoryStart learned = learned_start(x.scalar_type());
+  in.q = normed(convolve(q_conv_.get(), projected[0], state, "conv_q", naive), naive);
+  in.k = normed(convolve(k_conv_.get(), projected[1], state, "conv_k", naive), naive);
+  in.v = heads(convolve(v_conv_.get(), projected[2], state, "conv_v", naive));
+  add_rates(in, projected[3], state);
+  add_norm(in, ops::acc_type(projected[0].scalar_type()));
   if (anchored_) in.anchor = learned.memory;
   return memory_with_state(std::move(in), config_, start != nullptr ? *start : learned, state,
                            naive);
 }
 
-at::Tensor NeuralMemory::read(const at::Tensor& x, const at::Tensor& weights, StateAccess& state,
-                              const char* conv, bool naive) {
-  const at::Tensor q =
-      normed(convolve(q_conv_.get(), q_proj_->forward(x), state, conv, naive), naive);
+at::Tensor NeuralMemory::queries(const at::Tensor& x, StateAccess& state, const char* conv,
+                                 bool naive) {
+  return normed(convolve(q_conv_.get(), q_proj_->forward(x), state, conv, naive), naive);
+}
+
+at::Tensor NeuralMemory::read(const at::Tensor& queries, const at::Tensor& weights) const {
   ops::MemoryTensors in;
-  add_norm(in, ops::acc_type(x.scalar_type()));
-  return ops::test_time_memory_read(q, weights, in, config_);
+  add_norm(in, ops::acc_type(queries.scalar_type()));
+  return ops::test_time_memory_read(queries, weights, in, config_);
 }
 
 MemoryStart NeuralMemory::start_after(const at::Tensor& persistent, bool naive,

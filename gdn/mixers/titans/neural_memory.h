@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "gdn/mixers/common/loop_linear.h"
 #include "gdn/mixers/common/memory_state.h"
 #include "gdn/mixers/common/modules.h"
 #include "gdn/mixers/common/options.h"
@@ -26,9 +27,15 @@ class NeuralMemory : public torch::nn::Module {
   // fresh sequences begin; null: with the learned weights.
   at::Tensor forward(const at::Tensor& x, StateAccess& state, bool naive,
                      const MemoryStart* start = nullptr);
-  // What memories with weights [B,H,P] answer to x; the convolution's inputs are the entry `conv`.
-  at::Tensor read(const at::Tensor& x, const at::Tensor& weights, StateAccess& state,
-                  const char* conv, bool naive);
+  // The same in a loop over parts of x: with projections() made once, and what they make of a part.
+  LoopLinear projections(const at::Tensor& x);
+  at::Tensor forward(const std::vector<at::Tensor>& projected, const MemoryStart& learned,
+                     StateAccess& state, bool naive, const MemoryStart* start = nullptr);
+
+  // Queries [B,T,H,head_dim] of x for read(); the convolution's inputs are the entry `conv`.
+  at::Tensor queries(const at::Tensor& x, StateAccess& state, const char* conv, bool naive);
+  // What memories with weights [B,H,P] answer to them.
+  at::Tensor read(const at::Tensor& queries, const at::Tensor& weights) const;
 
   MemoryStart learned_start(at::ScalarType dtype) const;
   // The start after the persistent tokens [N_p,D] have been read from the learned one, and what
@@ -36,7 +43,7 @@ class NeuralMemory : public torch::nn::Module {
   MemoryStart start_after(const at::Tensor& persistent, bool naive, at::Tensor* outputs);
 
   void add_zero_state(State& state, int64_t sequences, const at::TensorOptions& options) const;
-  // The entry for read()'s convolution.
+  // The entry for the convolution of queries().
   void add_read_state(State& state, const char* conv, int64_t sequences,
                       const at::TensorOptions& options) const;
 
@@ -50,7 +57,7 @@ class NeuralMemory : public torch::nn::Module {
   at::Tensor heads(const at::Tensor& x) const;
   at::Tensor normed(const at::Tensor& x, bool naive) const;
   at::Tensor previous_chunk_means(const at::Tensor& logits, StateAccess& state) const;
-  void add_rates(ops::MemoryTensors& in, const at::Tensor& x, StateAccess& state) const;
+  void add_rates(ops::MemoryTensors& in, const at::Tensor& projected, StateAccess& state) const;
   void add_norm(ops::MemoryTensors& in, at::ScalarType acc) const;
 
   int64_t num_heads_ = 0, head_dim_ = 0;
