@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // MAC: memory as context of attention. A block of read_delay tokens needs the memory that the block
-// before has left; whatever needs the tokens alone, or nobody's memory, is computed before or after
-// the loop over the blocks, for the whole call at once.
+// before has left; what needs the tokens alone, and what no later block needs, is computed before
+// and after the loop over the blocks, for the whole call at once.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
@@ -42,9 +42,8 @@ struct TitansMac::Tokens {
 
 // What all blocks of a call share.
 struct TitansMac::Loop {
-  LoopLinear read_out,
-      read_keys;  // of what the memory answers as context: to x, to keys and values
-  LoopLinear attention_out, memory_in;  // of what is attended to: to x, to the memory
+  LoopLinear read_out, read_keys;       // of what the memory answers, and of that as context
+  LoopLinear attention_out, memory_in;  // of what is attended to, and of that for the memory
   MemoryStart learned;
   PrefixKeys prefix;
 };
