@@ -29,7 +29,6 @@ import time
 # what is to be compared.
 TUNABLES = (
     "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-    ":glibc.malloc.hugetlb=1"
 )
 if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
     os.environ["GLIBC_TUNABLES"] = TUNABLES

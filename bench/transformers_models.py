@@ -23,7 +23,6 @@ import time
 
 TUNABLES = (
     "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-    ":glibc.malloc.hugetlb=1"
 )
 if os.environ.get("GLIBC_TUNABLES") != TUNABLES:  # one arena that keeps its pages, or page faults are what is timed
     os.environ["GLIBC_TUNABLES"] = TUNABLES
