@@ -1,25 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
-// The program is gdn_main of libgdn. The library is opened here, not linked, because libgomp reads
-// its settings while it is loaded: by default its idle threads spin for milliseconds, and where
-// another process wants the core too a training step takes ten times as long. So does torch: with
-// tensors on huge pages, long sequences, whose rows lie pages apart, go up to a tenth faster.
+// The program is gdn_main of libgdn. Two libraries read their settings before main or while they
+// are loaded, so the program sets them, starts anew for the first and opens libgdn for the second:
+// - glibc's malloc, which is to ask for huge pages: the rows of a long sequence lie pages apart.
+// - libgomp, whose idle threads spin for milliseconds by default. Where another process wants the
+//   core too, a training step then takes ten times as long.
+// What the user has set stays.
 #include <dlfcn.h>
+#include <limits.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <string>
 
 namespace {
 
 // Tens of microseconds: longer than the gap between two parallel loops, shorter than a time slice.
 constexpr const char* kSpinCount = "10000";
 
+void use_huge_pages([[maybe_unused]] char** argv) {
+#ifdef __GLIBC__
+  constexpr const char* kVariable = "GLIBC_TUNABLES";
+  constexpr const char* kTunable = "glibc.malloc.hugetlb";
+  const char* given = std::getenv(kVariable);
+  if (given != nullptr && std::strstr(given, kTunable) != nullptr) return;
+  const std::string before = given != nullptr && *given != '\0' ? std::string(given) + ":" : "";
+  if (setenv(kVariable, (before + kTunable + "=1").c_str(), /*overwrite=*/1) != 0) return;
+  // By its own name, which `ps` shows. Where that fails the program goes on without huge pages.
+  char self[PATH_MAX];
+  const ssize_t length = readlink("/proc/self/exe", self, sizeof(self) - 1);
+  if (length <= 0) return;
+  self[length] = '\0';
+  execv(self, argv);
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  use_huge_pages(argv);
   if (std::getenv("OMP_WAIT_POLICY") == nullptr) {
     setenv("GOMP_SPINCOUNT", kSpinCount, /*overwrite=*/0);
   }
-  setenv("THP_MEM_ALLOC_ENABLE", "1", /*overwrite=*/0);
   void* library = dlopen("libgdn.so", RTLD_NOW | RTLD_GLOBAL);
   if (library == nullptr) {
     std::fprintf(stderr, "gdn: cannot load libgdn.so: %s\n", dlerror());
