@@ -32,7 +32,8 @@ struct PageAllocator {
     void* p = ::operator new(n * sizeof(T), alignment(n));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     // Without huge pages it is slower, nothing else.
-    if (n * sizeof(T) >= kHugePage) madvise(p, n * sizeof(T) / kHugePage * kHugePage, MADV_HUGEPAGE);
+    if (n * sizeof(T) >= kHugePage)
+      madvise(p, n * sizeof(T) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
     return static_cast<T*>(p);
   }

@@ -96,6 +96,8 @@ template <typename T>
 void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>* dloss,
               T* dlogits) {
   using A = Acc<T>;
+  const int64_t row_bytes = p.vocab * static_cast<int64_t>(sizeof(T));
+  const Output to(2 * p.rows * row_bytes, dlogits, row_bytes);
   parallel_for(0, p.rows, row_grain(4 * p.vocab), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       T* dx = dlogits + row * p.vocab;
@@ -109,10 +111,11 @@ void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>
       const A at_target = (std::exp(load(x + target) - lse) - 1) * scale;
       for_lanes<A>(p.vocab, [&](auto d, int64_t i) HWY_ATTR {
         const auto softmax = exp_of(d, hn::Sub(load_as(d, x + i), hn::Set(d, lse)));
-        store_as(d, hn::Mul(softmax, hn::Set(d, scale)), dx + i);
+        to.store(d, hn::Mul(softmax, hn::Set(d, scale)), dx + i);
       });
       store(dx + target, at_target);
     }
+    to.finish();
   });
 }
 

@@ -35,6 +35,8 @@ void gate_forward_t(const GateParams& p, Acc<T>* g) {
   const std::vector<A> rates = channel_rates<A>(p);
   const A* rate = rates.data();
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
+  const int64_t element = sizeof(T) + sizeof(A);
+  const Output to(p.rows * dim * element, g, dim * static_cast<int64_t>(sizeof(A)));
   parallel_for(0, p.rows, row_grain(4 * dim), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
@@ -46,9 +48,10 @@ void gate_forward_t(const GateParams& p, Acc<T>* g) {
             p.lower_bound.has_value()
                 ? hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), sigmoid(d, hn::Mul(r, x)))
                 : hn::Neg(hn::Mul(r, softplus(d, x)));
-        hn::StoreU(v, d, g + row * dim + i);
+        to.store(d, v, g + row * dim + i);
       });
     }
+    to.finish();
   });
 }
 
@@ -64,6 +67,8 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const RowBlocks blocks(p.rows, row_grain(4 * dim));
   std::vector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
+  const int64_t element = 2 * sizeof(T) + sizeof(A);
+  const Output to(p.rows * dim * element, grads.da, dim * static_cast<int64_t>(sizeof(T)));
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
     for (int64_t block = first; block < last; ++block) {
       A* sum_log = partial.data() + block * 2 * dim;
@@ -90,12 +95,13 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
             dx = hn::Mul(dlog, soft.slope);
             dlog = hn::Mul(dlog, soft.value);
           }
-          store_as(d, dx, da + i);
+          to.store(d, dx, da + i);
           hn::StoreU(hn::Add(dlog, hn::LoadU(d, sum_log + i)), d, sum_log + i);
           hn::StoreU(hn::Add(dx, hn::LoadU(d, sum_bias + i)), d, sum_bias + i);
         });
       }
     }
+    to.finish();
   });
   A* dA_log = static_cast<A*>(grads.dA_log);
   std::fill(dA_log, dA_log + p.heads, A{0});

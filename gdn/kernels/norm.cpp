@@ -65,8 +65,8 @@ HWY_INLINE Activation<V> activate(D d, V z, bool silu) {
 
 // One row of kVectors whole vectors, which stay in registers; 0: of any length.
 template <int kVectors, typename T>
-HWY_INLINE void forward_row(const NormParams& p, const T* x, const T* gate, T* out, const T* next_x,
-                            const T* next_gate) {
+HWY_INLINE void forward_row(const NormParams& p, const Output& to, const T* x, const T* gate,
+                            T* out, const T* next_x, const T* next_gate) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight);
   const auto finish = [&](auto d, auto v, int64_t i) HWY_ATTR {
@@ -75,7 +75,7 @@ HWY_INLINE void forward_row(const NormParams& p, const T* x, const T* gate, T* o
       const auto z = load_as(d, gate + i);
       v = hn::Mul(v, p.activation == NormGate::kSilu ? hn::Mul(z, sigmoid(d, z)) : sigmoid(d, z));
     }
-    store_as(d, v, out + i);
+    to.store(d, v, out + i);
   };
   if constexpr (kVectors > 0) {
     const hn::ScalableTag<A> d;
@@ -112,6 +112,9 @@ void dispatch_vectors(int64_t dim, const F& f) {
 template <typename T>
 void forward(const NormParams& p, T* y, T* sum) {
   using A = Acc<T>;
+  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
+  const int tensors = 2 + (p.gate != nullptr ? 1 : 0) + (p.add != nullptr ? 2 : 0);
+  const Output to(tensors * p.rows * row_bytes, y, row_bytes);
   dispatch_vectors<A>(p.add == nullptr ? p.dim : 0, [&](auto vectors) {
     parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
       for (int64_t row = begin; row < end; ++row) {
@@ -128,8 +131,9 @@ void forward(const NormParams& p, T* y, T* sum) {
           });
           x = total;
         }
-        forward_row<vectors.value>(p, x, gate, y + row * p.dim, next_x, next_gate);
+        forward_row<vectors.value>(p, to, x, gate, y + row * p.dim, next_x, next_gate);
       }
+      to.finish();
     });
   });
 }
@@ -148,7 +152,8 @@ struct BackwardRow {
 // Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [2, dim] takes over
 // what the gate makes of the row to the second pass.
 template <bool kGate, typename T>
-HWY_INLINE void backward_row(const NormParams& p, const BackwardRow<T>& row, Acc<T>* scratch) {
+HWY_INLINE void backward_row(const NormParams& p, const Output& to, const BackwardRow<T>& row,
+                             Acc<T>* scratch) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight);
   const T *x = row.x, *dy = row.dy;
@@ -194,7 +199,7 @@ HWY_INLINE void backward_row(const NormParams& p, const BackwardRow<T>& row, Acc
     auto g = hn::Undefined(d);
     if constexpr (kGate) {
       fetch(row.next_gate, i);
-      store_as(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
+      to.store(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
       g = hn::Mul(scale, hn::LoadU(d, gated + i));
     } else {
       g = hn::Mul(scale, load_as(d, dy + i));
@@ -205,7 +210,7 @@ HWY_INLINE void backward_row(const NormParams& p, const BackwardRow<T>& row, Acc
     if (weight != nullptr) g = hn::Mul(g, hn::LoadU(d, weight + i));
     auto out = hn::MulAdd(v, hn::Set(d, of_x), g);
     if (row.dsum != nullptr) out = hn::Add(out, load_as(d, row.dsum + i));
-    store_as(d, out, row.dx + i);
+    to.store(d, out, row.dx + i);
   });
 }
 
@@ -214,6 +219,9 @@ void backward(const NormParams& p, const NormGrads& grads) {
   using A = Acc<T>;
   const RowBlocks blocks(p.rows, row_grain(p.dim));
   std::vector<A> partial(grads.dweight == nullptr ? 0 : blocks.count() * p.dim);
+  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
+  const int tensors = 3 + (p.gate != nullptr ? 2 : 0) + (grads.dsum != nullptr ? 1 : 0);
+  const Output to(tensors * p.rows * row_bytes, grads.dx, row_bytes);
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
     std::vector<A> scratch(p.gate == nullptr ? 0 : 2 * p.dim);
     for (int64_t block = first; block < last; ++block) {
@@ -230,10 +238,11 @@ void backward(const NormParams& p, const NormGrads& grads) {
             static_cast<T*>(grads.dx) + i * p.dim,
             p.gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + i * p.dim,
             partial.empty() ? nullptr : partial.data() + block * p.dim};
-        p.gate == nullptr ? backward_row<false>(p, row, scratch.data())
-                          : backward_row<true>(p, row, scratch.data());
+        p.gate == nullptr ? backward_row<false>(p, to, row, scratch.data())
+                          : backward_row<true>(p, to, row, scratch.data());
       }
     }
+    to.finish();
   });
   if (grads.dweight == nullptr) return;
   A* dweight = static_cast<A*>(grads.dweight);

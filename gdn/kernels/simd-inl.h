@@ -10,8 +10,10 @@
 #endif
 
 #include <cstdint>
+#include <type_traits>
 
 #include "gdn/base/dtype.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -140,6 +142,33 @@ HWY_INLINE void store_as(D d, V v, Float16* p) {
   for (size_t i = 0; i < hn::Lanes(d); ++i) p[i] = to_f16(lanes[i]);
 #endif
 }
+
+// How a kernel writes an output. Where it touches far more than the caches hold, vectors that are
+// whole lines go past them to memory: an ordinary store reads its line first and pushes another one
+// out. Smaller vectors do not, since a line that is written in parts may go to memory in parts.
+class Output {
+ public:
+  // `bytes`: all that the kernel reads and writes. Rows begin `row_bytes` apart from `first` on.
+  Output(int64_t bytes, const void* first, int64_t row_bytes)
+      : past_caches_(bytes >= kFarMoreThanCaches && row_bytes % 64 == 0 &&
+                     reinterpret_cast<uintptr_t>(first) % 64 == 0) {}
+  template <class D, class V, typename T>
+  HWY_INLINE void store(D d, V v, T* p) const {
+    if constexpr (std::is_same_v<D, hn::ScalableTag<float>> && std::is_same_v<T, float> &&
+                  hn::MaxLanes(D()) == 16) {
+      if (past_caches_) return hn::Stream(v, d, p);
+    }
+    store_as(d, v, p);
+  }
+  // After the last store of a thread, so that others see all of them.
+  void finish() const {
+    if (past_caches_) hwy::FlushStream();
+  }
+
+ private:
+  static constexpr int64_t kFarMoreThanCaches = int64_t{48} << 20;
+  bool past_caches_;
+};
 
 #if HWY_TARGET == HWY_AVX3
 // p 2^n for whole numbers n: one instruction, which overflows to infinity and hands on NaN.

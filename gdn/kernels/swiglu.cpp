@@ -18,20 +18,25 @@ namespace HWY_NAMESPACE {
 
 template <typename T>
 void forward(const SwigluParams& p, T* y) {
+  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
+  const Output to(3 * p.rows * row_bytes, y, row_bytes);
   parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
       for_lanes<Acc<T>>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
         const auto z = load_as(d, gate + i);
-        store_as(d, hn::Mul(hn::Mul(z, sigmoid(d, z)), load_as(d, up + i)), y + row * p.dim + i);
+        to.store(d, hn::Mul(hn::Mul(z, sigmoid(d, z)), load_as(d, up + i)), y + row * p.dim + i);
       });
     }
+    to.finish();
   });
 }
 
 template <typename T>
 void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
+  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T)), bytes = 5 * p.rows * row_bytes;
+  const Output to_gate(bytes, dgate, row_bytes), to_up(bytes, dup, row_bytes);
   parallel_for(0, p.rows, row_grain(4 * p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
@@ -42,10 +47,11 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
         const auto one = hn::Set(d, 1);
         const auto s = sigmoid(d, z);
         const auto silu = hn::Mul(z, s), slope = hn::MulAdd(silu, hn::Sub(one, s), s);
-        store_as(d, hn::Mul(hn::Mul(g, load_as(d, up + i)), slope), dgate + out + i);
-        store_as(d, hn::Mul(g, silu), dup + out + i);
+        to_gate.store(d, hn::Mul(hn::Mul(g, load_as(d, up + i)), slope), dgate + out + i);
+        to_up.store(d, hn::Mul(g, silu), dup + out + i);
       });
     }
+    to_up.finish();
   });
 }
 

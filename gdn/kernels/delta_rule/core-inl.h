@@ -12,8 +12,8 @@
 #include <cmath>
 #include <limits>
 
-#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/common.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"
 #include "hwy/cache_control.h"

@@ -8,8 +8,8 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/token-inl.h"
+#include "gdn/kernels/scratch.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();

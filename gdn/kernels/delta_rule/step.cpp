@@ -10,8 +10,8 @@
 #include <cstring>
 
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/delta_rule/token-inl.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
 #include "hwy/highway.h"
 
