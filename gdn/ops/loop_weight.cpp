@@ -24,6 +24,9 @@ using torch::autograd::variable_list;
 
 Tensor as_rows(const Tensor& t) { return t.reshape({-1, t.size(-1)}); }
 
+// So many rows make a product that runs at full speed and still lies in the caches.
+constexpr int64_t kRowsAtOnce = 1024;
+
 // What the products of one call leave for the gradient of their weight.
 class LoopRows : public torch::CustomClassHolder {
  public:
@@ -32,6 +35,8 @@ class LoopRows : public torch::CustomClassHolder {
     Rows& rows = waiting_[torch::autograd::get_current_graph_task_id()];
     rows.x.push_back(as_rows(x));
     rows.dy.push_back(as_rows(dy));
+    rows.count += rows.x.back().size(0);
+    if (rows.count >= kRowsAtOnce) rows.multiply();
   }
 
   // dy^T x over all rows that this backward pass has added; undefined where it added none.
@@ -45,7 +50,8 @@ class LoopRows : public torch::CustomClassHolder {
       rows = std::move(found->second);
       waiting_.erase(found);
     }
-    return at::mm(at::cat(rows.dy, 0).t(), at::cat(rows.x, 0));
+    if (!rows.x.empty()) rows.multiply();
+    return rows.gradient;
   }
 
   // The transposed weight, dense as the products of rows want it.
@@ -58,6 +64,21 @@ class LoopRows : public torch::CustomClassHolder {
  private:
   struct Rows {
     variable_list x, dy;
+    int64_t count = 0;
+    Tensor gradient;  // of the rows before these
+
+    void multiply() {
+      const Tensor dys = (dy.size() == 1 ? dy[0] : at::cat(dy, 0)).t();
+      const Tensor xs = x.size() == 1 ? x[0] : at::cat(x, 0);
+      if (gradient.defined()) {
+        gradient.addmm_(dys, xs);
+      } else {
+        gradient = at::mm(dys, xs);
+      }
+      x.clear();
+      dy.clear();
+      count = 0;
+    }
   };
   std::mutex mutex_;
   // By backward pass: what one that failed on its way has left must not reach the next one.

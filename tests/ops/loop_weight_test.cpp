@@ -17,6 +17,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "gdn/base/check.h"
@@ -41,7 +42,7 @@ Tensor leaf(at::IntArrayRef sizes, at::ScalarType dtype = at::kDouble) {
   return at::randn(sizes, dtype).set_requires_grad(true);
 }
 
-// Each part needs what the part before has left. x [2,parts,3,D], square weight -> a list of parts.
+// Each part needs what the part before has left. x [B,parts,T,D], square weight -> a list of parts.
 std::vector<Tensor> recurrence(const Tensor& x, const Product& product) {
   std::vector<Tensor> ys;
   Tensor left = x.select(1, 0);
@@ -164,6 +165,18 @@ TEST(LoopWeight, NoticesAChangedWeight) {
     weight.mul_(2);
   }
   EXPECT_THROW(gradients(loss, {x, weight}), c10::Error);
+}
+
+// More rows than are multiplied at once, and parts that are as many on their own.
+TEST(LoopWeight, AddsUpManyRows) {
+  const Tensor weight = leaf({6, 6});
+  for (const auto& [rows, parts] : {std::pair{300, 9}, {1500, 2}}) {
+    const Tensor x = leaf({rows, parts, 2, 6});
+    const auto run = [&](const Product& product) {
+      return gradients(at::stack(recurrence(x, product)).square().sum(), {x, weight});
+    };
+    expect_same(run(looped(weight)), run(plain(weight)));
+  }
 }
 
 TEST(LoopWeight, TakesTheWeightsGradientInOneProduct) {

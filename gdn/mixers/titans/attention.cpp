@@ -249,9 +249,10 @@ BranchGate::BranchGate(const Options& options, int64_t width, double eps) {
 
 at::Tensor BranchGate::forward(const at::Tensor& y, const at::Tensor& m, bool naive) {
   auto act = [&](const at::Tensor& t) { return silu_ ? at::silu(t) : at::sigmoid(t); };
-  const at::Tensor a = y_norm_->forward(y, naive), b = m_norm_->forward(m, naive);
-  if (product_) return act(a * b);
-  return (both_ ? act(a) : a) * act(b);
+  const at::Tensor b = m_norm_->forward(m, naive);
+  if (!product_ && !both_) return y_norm_->forward_gated(y, b, naive, silu_ ? "silu" : "sigmoid");
+  const at::Tensor a = y_norm_->forward(y, naive);
+  return product_ ? act(a * b) : act(a) * act(b);
 }
 
 MixerOption rope_option() {
