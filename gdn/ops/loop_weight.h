@@ -10,8 +10,8 @@ namespace gdn::ops {
 // One call's products x weight^T. Autograd alone takes the weight's gradient once per product: a
 // product of few rows that writes and adds up something as large as the weight. Here each product
 // leaves its rows behind, and many of them are multiplied at once, the last ones after the last
-// product's backward pass. Also what the products' backward passes share is made once. Gradients of gradients
-// (create_graph) are taken product by product, as autograd would.
+// product's backward pass. Also what the products' backward passes share is made once. Gradients of
+// gradients (create_graph) are taken product by product, as autograd would.
 class LoopWeight {
  public:
   explicit LoopWeight(const at::Tensor& weight /* [out,in] */);

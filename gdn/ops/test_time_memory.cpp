@@ -261,7 +261,8 @@ std::vector<Tensor> memory_bwd_cpu(const OptionalList& grads, const OptionalList
   for (int i = 0; i < kDifferentiable; ++i) {
     if (!originals[i].defined()) continue;
     if (i == kTau) results[i] = results[i].sum(at::IntArrayRef{0, 1});
-    if (i > kTau && i <= kNormBias) results[i] = results[i].sum(0);
+    if (i > kTau && i <= kNormBias)
+      results[i] = p.num_sequences == 1 ? results[i][0] : results[i].sum(0);
     results[i] = results[i].to(originals[i].scalar_type());
   }
   return results;

@@ -35,7 +35,7 @@ namespace {
 constexpr double kPersistentStd = 0.02;
 
 // The definition in double: for each token one softmax over the list of keys that it sees.
-at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
+at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& ahead, const at::Tensor& k,
                         const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible) {
   const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
   std::vector<at::Tensor> rows;
@@ -47,17 +47,16 @@ at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& q0, const at::Ten
       keys = keys.index_select(1, seen);
       values = values.index_select(1, seen);
     }
-    at::Tensor scores = (query * keys).sum(3);  // [R,S,H]
+    at::Tensor scores = (query * keys).sum(3) * scale;  // [R,S,H]
     if (prefix.k.defined()) {
-      const at::Tensor plain = q0.select(1, t).to(at::kDouble).unsqueeze(1);
-      scores = at::cat({(plain * prefix.k.to(at::kDouble).unsqueeze(0)).sum(3), scores}, 1);
+      scores = at::cat({ahead.select(1, t).transpose(1, 2), scores}, 1);
       values = at::cat({prefix.v.to(at::kDouble)
                             .unsqueeze(0)
                             .expand({q.size(0), prefix.v.size(0), q.size(2), q.size(3)}),
                         values},
                        1);
     }
-    const at::Tensor weights = at::softmax(scores * scale, 1).unsqueeze(3);
+    const at::Tensor weights = at::softmax(scores, 1).unsqueeze(3);
     rows.push_back((weights * values).sum(1));
   }
   return at::stack(rows, 1).to(q.scalar_type());
@@ -65,14 +64,24 @@ at::Tensor naive_attend(const at::Tensor& q, const at::Tensor& q0, const at::Ten
 
 }  // namespace
 
-at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
-                  const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible,
-                  bool naive) {
-  if (naive) return naive_attend(q, q0, k, v, prefix, visible);
+at::Tensor prefix_scores(const at::Tensor& q0, const PrefixKeys& prefix, bool naive) {
+  if (!prefix.k.defined()) return at::empty({q0.size(0), q0.size(1), q0.size(2), 0}, q0.options());
+  const double scale = 1 / std::sqrt(static_cast<double>(q0.size(3)));
+  if (naive) {
+    return (q0.to(at::kDouble).unsqueeze(3) * prefix.k.to(at::kDouble).transpose(0, 1)).sum(4) *
+           scale;
+  }
+  const at::Tensor keys = prefix.k.permute({1, 2, 0});  // [H,D,N_p]
+  return at::matmul((q0 * scale).transpose(1, 2), keys).transpose(1, 2);
+}
+
+at::Tensor attend(const at::Tensor& q, const at::Tensor& ahead, at::TensorList k, at::TensorList v,
+                  const PrefixKeys& prefix, const at::Tensor& visible, bool naive) {
+  if (naive) return naive_attend(q, ahead, at::cat(k, 1), at::cat(v, 1), prefix, visible);
   const int64_t R = q.size(0), H = q.size(2);
   const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
   auto by_head = [](const at::Tensor& t) { return t.transpose(1, 2).flatten(0, 1); };  // [R H,.,D]
-  const at::Tensor queries = by_head(q * scale), keys = by_head(k).transpose(1, 2);
+  const at::Tensor queries = by_head(q * scale), keys = by_head(at::cat(k, 1)).transpose(1, 2);
   at::Tensor scores;  // [R H,T,S]
   if (visible.defined()) {
     const at::Tensor hidden =
@@ -82,14 +91,14 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k
   } else {
     scores = at::bmm(queries, keys);
   }
-  at::Tensor values = v;
+  std::vector<at::Tensor> values = v.vec();
   if (prefix.k.defined()) {
-    const at::Tensor ahead =
-        at::matmul((q0 * scale).transpose(1, 2), prefix.k.permute({1, 2, 0}));  // [R,H,T,N_p]
-    scores = at::cat({ahead.flatten(0, 1), scores}, -1);
-    values = at::cat({prefix.v.unsqueeze(0).expand({R, -1, -1, -1}), v}, 1);
+    scores = at::cat({by_head(ahead), scores}, -1);
+    values.insert(values.begin(), prefix.v.unsqueeze(0).expand({R, -1, -1, -1}));
   }
-  return at::bmm(at::softmax(scores, -1), by_head(values)).unflatten(0, {R, H}).transpose(1, 2);
+  return at::bmm(at::softmax(scores, -1), by_head(at::cat(values, 1)))
+      .unflatten(0, {R, H})
+      .transpose(1, 2);
 }
 
 at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive) {
@@ -161,7 +170,7 @@ at::Tensor WindowAttention::run(const at::Tensor& q0, const at::Tensor& k0, cons
   }
   if (T == 0) return q;
   const std::vector<at::Tensor> turned = query_blocks(q, window_),
-                                plain = query_blocks(q0, window_),
+                                ahead = query_blocks(prefix_scores(q0, prefix, naive), window_),
                                 seen_keys = key_blocks(keys, T, window_),
                                 seen_values = key_blocks(values, T, window_);
   std::vector<at::Tensor> outs;
@@ -170,7 +179,7 @@ at::Tensor WindowAttention::run(const at::Tensor& q0, const at::Tensor& k0, cons
     const at::Tensor visible =
         queries > 1 ? visible_keys(queries, seen_keys[i].size(1), window_, q) : at::Tensor();
     outs.push_back(
-        attend(turned[i], plain[i], seen_keys[i], seen_values[i], prefix, visible, naive));
+        attend(turned[i], ahead[i], seen_keys[i], seen_values[i], prefix, visible, naive));
   }
   return at::cat(outs, 1);
 }

@@ -19,12 +19,14 @@ struct PrefixKeys {
   at::Tensor k, v;  // [N_p,H,D]; undefined: none
 };
 
-// softmax(q k^T / sqrt(D)) v over the prefix and over k, v [R,S,H,D] where visible [T,S]
-// (undefined: everywhere). q and the unrotated queries q0 [R,T,H,D] -> [R,T,H,D]. With `naive`
+// The scaled scores [R,T,H,N_p] of the prefix's keys for unrotated queries q0 [R,T,H,D].
+at::Tensor prefix_scores(const at::Tensor& q0, const PrefixKeys& prefix, bool naive);
+
+// softmax(q k^T / sqrt(D)) v over the prefix, whose scores are `ahead`, and over k, v (joined, each
+// [R,.,H,D]) where visible [T,S] (undefined: everywhere). q [R,T,H,D] -> [R,T,H,D]. With `naive`
 // token by token in double.
-at::Tensor attend(const at::Tensor& q, const at::Tensor& q0, const at::Tensor& k,
-                  const at::Tensor& v, const PrefixKeys& prefix, const at::Tensor& visible,
-                  bool naive);
+at::Tensor attend(const at::Tensor& q, const at::Tensor& ahead, at::TensorList k, at::TensorList v,
+                  const PrefixKeys& prefix, const at::Tensor& visible, bool naive);
 
 // Rotary positions of x [R,T,H,D], int64 [T], or counted from the first token's; theta 0: none.
 at::Tensor rotated(const at::Tensor& x, const at::Tensor& positions, double theta, bool naive);

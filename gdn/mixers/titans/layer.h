@@ -60,7 +60,8 @@ class TitansMac : public Mixer {
 
   at::Tensor heads(const at::Tensor& x) const;
   Loop begin(const at::Tensor& x);
-  Tokens project(const at::Tensor& x, StateAccess& state, int64_t position);
+  Tokens project(const at::Tensor& x, StateAccess& state, int64_t position,
+                 const PrefixKeys& prefix);
   // Sequences at the same position; `local` holds their states.
   at::Tensor run(const at::Tensor& x, State& local, int64_t position, const Loop& loop);
   std::pair<at::Tensor, at::Tensor> block(const Tokens& tokens, State& local, int64_t position,

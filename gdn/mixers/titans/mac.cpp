@@ -24,18 +24,18 @@ namespace gdn {
 
 // What a block needs of its tokens alone.
 struct TitansMac::Tokens {
-  at::Tensor x;                 // [R,n,D]
-  at::Tensor queries;           // to the memory, [R,n,H,head_dim] as the following
-  at::Tensor plain_q, q, k, v;  // of the attention; plain_q without positions
+  at::Tensor x;               // [R,n,D]
+  at::Tensor queries;         // to the memory, [R,n,H,head_dim] as the following
+  at::Tensor ahead, q, k, v;  // of the attention; ahead: scores of the prefix
 
   // Cut at once: the gradient of a slice is as long as what it was cut from.
   std::vector<Tokens> split(at::IntArrayRef sizes) const {
     auto cut = [&](const at::Tensor& t) { return t.split_with_sizes(sizes, 1); };
-    const auto xs = cut(x), of_memory = cut(queries), plain = cut(plain_q), qs = cut(q),
-               ks = cut(k), vs = cut(v);
+    const auto xs = cut(x), of_memory = cut(queries), aheads = cut(ahead), qs = cut(q), ks = cut(k),
+               vs = cut(v);
     std::vector<Tokens> parts;
     for (size_t i = 0; i < xs.size(); ++i)
-      parts.push_back({xs[i], of_memory[i], plain[i], qs[i], ks[i], vs[i]});
+      parts.push_back({xs[i], of_memory[i], aheads[i], qs[i], ks[i], vs[i]});
     return parts;
   }
 };
@@ -101,7 +101,8 @@ TitansMac::Loop TitansMac::begin(const at::Tensor& x) {
   return loop;
 }
 
-TitansMac::Tokens TitansMac::project(const at::Tensor& x, StateAccess& state, int64_t position) {
+TitansMac::Tokens TitansMac::project(const at::Tensor& x, StateAccess& state, int64_t position,
+                                     const PrefixKeys& prefix) {
   const at::Tensor positions =
       at::arange(position, position + x.size(1), at::kLong).remainder(segment_);
   const std::vector<at::Tensor> projected =
@@ -109,7 +110,7 @@ TitansMac::Tokens TitansMac::project(const at::Tensor& x, StateAccess& state, in
   const at::Tensor q = heads(projected[0]), k = heads(projected[1]);
   return {x,
           memory_->queries(x, state, "conv_read", naive_),
-          q,
+          prefix_scores(q, prefix, naive_),
           rotated(q, positions, rope_theta_, naive_),
           rotated(k, positions, rope_theta_, naive_),
           heads(projected[2])};
@@ -139,9 +140,8 @@ std::pair<at::Tensor, at::Tensor> TitansMac::block(const Tokens& tokens, State& 
     segment[i] = past == 0 ? fresh[i] : at::cat({segment[i], fresh[i]}, 1);
   at::Tensor visible = at::ones({n, past + n}, at::kBool).tril(past);
   visible = at::cat({visible, visible}, 1);
-  const at::Tensor attended =
-      attend(tokens.q, tokens.plain_q, at::cat({segment[0], segment[2]}, 1),
-             at::cat({segment[1], segment[3]}, 1), loop.prefix, visible, naive_);
+  const at::Tensor attended = attend(tokens.q, tokens.ahead, {segment[0], segment[2]},
+                                     {segment[1], segment[3]}, loop.prefix, visible, naive_);
   const at::Tensor y = loop.attention_out.forward(attended.flatten(2))[0];
   return {y, memory_->forward(loop.memory_in.forward(y), loop.learned, state, naive_)};
 }
@@ -160,7 +160,7 @@ at::Tensor TitansMac::run(const at::Tensor& x, State& local, int64_t position, c
   Context ctx;
   ctx.state = &local;
   StateAccess state("titans_mac", x, ctx, *this);
-  const Tokens tokens = project(x, state, position);
+  const Tokens tokens = project(x, state, position, loop.prefix);
   std::vector<at::Tensor> ys, ms;
   int64_t at = position;
   for (const Tokens& part : tokens.split(sizes)) {
