@@ -7,7 +7,7 @@ namespace gdn {
 
 uint8_t* thread_scratch(size_t bytes) {
   thread_local PageVector<uint8_t> block;
-  // A whole huge page where most of one is needed anyway.
+  // A whole huge page for the scratch memory of the larger kernels.
   if (bytes > kHugePage / 8) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   if (block.size() < bytes) {
     block = {};
