@@ -52,10 +52,10 @@ HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const To
   }
 }
 
-// S <- decay S + k u^T (+ p r^T), and the same columns of the state at `next` are fetched to L2.
-template <size_t kVectors, bool kSeparate, bool kFetch, typename T, typename S>
+// S <- decay S + k u^T (+ p r^T)
+template <size_t kVectors, bool kSeparate, typename T, typename S>
 HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
-                            size_t column, const S* next) {
+                            size_t column) {
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
   hn::Vec<Tag<T>> u[kVectors], r[kVectors];
@@ -64,10 +64,6 @@ HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<
     r[j] = kSeparate ? hn::Load(d, token.r + column + j * n) : hn::Zero(d);
   }
   for (size_t i = 0; i < K; ++i) {
-    if constexpr (kFetch) {
-      const char* ahead = reinterpret_cast<const char*>(next + i * ld);
-      for (size_t b = 0; b < kVectors * n * sizeof(S); b += 64) __builtin_prefetch(ahead + b, 0, 2);
-    }
     const auto decay = hn::Set(d, token.decay[i]), k = hn::Set(d, token.k[i]);
     const auto p = hn::Set(d, kSeparate ? token.p[i] : T(0));
     for (size_t j = 0; j < kVectors; ++j) {
@@ -88,24 +84,19 @@ struct Step {
     edge = carve.take<S>(Kp * n);
   }
 
-  // `next`: the state that this thread updates after this one, or null.
-  void run(S* state, const S* next, int64_t t, int64_t hv, void* o) {
+  void run(S* state, int64_t t, int64_t hv, void* o) {
     token.load(x, t, hv, Kp, Vp);
     const size_t V = x.V, block = kStepVectors * n;
     size_t c = 0;
-    for (; c + block <= V; c += block) {
-      columns<kStepVectors>(state + c, V, c, next != nullptr ? next + c : nullptr);
-    }
-    for (; c + 2 * n <= V; c += 2 * n) {
-      columns<2>(state + c, V, c, next != nullptr ? next + c : nullptr);
-    }
-    for (; c + n <= V; c += n) columns<1>(state + c, V, c, nullptr);
+    for (; c + block <= V; c += block) columns<kStepVectors>(state + c, V, c);
+    for (; c + 2 * n <= V; c += 2 * n) columns<2>(state + c, V, c);
+    for (; c + n <= V; c += n) columns<1>(state + c, V, c);
     if (c < V) {  // less than a vector: by way of a padded copy
       for (int64_t i = 0; i < x.K; ++i) {
         std::fill_n(edge + i * n, n, S{});
         std::copy_n(state + i * V + c, V - c, edge + i * n);
       }
-      columns<1>(edge, n, c, nullptr);
+      columns<1>(edge, n, c);
       for (int64_t i = 0; i < x.K; ++i) std::copy_n(edge + i * n, V - c, state + i * V + c);
     }
     store_row(x.dtype, o, (t * x.HV + hv) * x.V, V, token.y);
@@ -113,17 +104,12 @@ struct Step {
 
  private:
   template <size_t kVectors>
-  void columns(S* s, size_t ld, size_t c, const S* next) {
+  void columns(S* s, size_t ld, size_t c) {
     x.erase == DeltaErase::kNone ? step_read<kVectors, false>(x.K, s, ld, token, c)
                                  : step_read<kVectors, true>(x.K, s, ld, token, c);
     token.solve(x, c, kVectors * n);
-    if (x.erase == DeltaErase::kSeparate) {
-      next != nullptr ? step_update<kVectors, true, true>(x.K, s, ld, token, c, next)
-                      : step_update<kVectors, true, false>(x.K, s, ld, token, c, next);
-    } else {
-      next != nullptr ? step_update<kVectors, false, true>(x.K, s, ld, token, c, next)
-                      : step_update<kVectors, false, false>(x.K, s, ld, token, c, next);
-    }
+    x.erase == DeltaErase::kSeparate ? step_update<kVectors, true>(x.K, s, ld, token, c)
+                                     : step_update<kVectors, false>(x.K, s, ld, token, c);
   }
 
   const DeltaRuleParams& x;
@@ -140,9 +126,6 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
     const int64_t slot = pool.slots != nullptr ? pool.slots[task / HV] : task / HV;
     return slot < 0 ? nullptr : static_cast<S*>(pool.states) + (slot * HV + task % HV) * size;
   };
-  // Fetching the next state ahead costs more than it gives where the states are in a cache anyway.
-  constexpr int64_t kCached = 24 << 20;
-  const bool fetch = params.num_sequences * HV * size * static_cast<int64_t>(sizeof(S)) > kCached;
   // Several small states per task: handing one out costs more than updating it.
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / size);
   parallel_for(0, params.num_sequences * HV, grain, [&](int64_t begin, int64_t end) {
@@ -152,7 +135,7 @@ void run_step(const DeltaRuleParams& params, const DeltaRulePool& pool, void* o)
     Step<T, S> worker(params, carve);
     for (int64_t task = begin; task < end; ++task) {
       if (S* s = state(task); s != nullptr) {
-        worker.run(s, fetch && task + 1 < end ? state(task + 1) : nullptr, task / HV, task % HV, o);
+        worker.run(s, task / HV, task % HV, o);
       } else {
         const int64_t bytes = params.V * size_of(params.dtype);
         std::memset(static_cast<char*>(o) + task * bytes, 0, bytes);
