@@ -106,20 +106,28 @@ def run(build: pathlib.Path, quick: bool, only: list[str]) -> int:
     return 1 if result["failed"] else 0
 
 
+def cpu_name() -> str:
+    """As the program names it."""
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
 def save(result: dict, keep: bool) -> pathlib.Path:
     """Writes the machine's file; `keep`: with the parts of the file so far that were not measured now."""
     for part in result["parts"].values():
         if isinstance(part, dict) and isinstance(part.get("machine"), dict):
             result["machine"], result["versions"] = part["machine"], part["versions"]
             break
-    machine = result.get("machine", {"cpu": "unknown", "cores": len(os.sched_getaffinity(0))})
+    machine = result.get("machine", {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))})
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{slug(machine['cpu'])}-{machine['cores']}-cpus.json"
     if keep and path.exists():
         old = json.loads(path.read_text())
         parts_ = old["parts"] | result["parts"]
         failed = {name: why for name, why in (old["failed"] | result["failed"]).items() if name not in result["parts"]}
-        result = result | {"parts": parts_, "failed": failed}
+        result = old | result | {"parts": parts_, "failed": failed}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
