@@ -30,6 +30,7 @@ struct TitansMac::Tokens {
 
   // Cut at once: the gradient of a slice is as long as what it was cut from.
   std::vector<Tokens> split(at::IntArrayRef sizes) const {
+    if (sizes.size() == 1) return {*this};
     auto cut = [&](const at::Tensor& t) { return t.split_with_sizes(sizes, 1); };
     const auto xs = cut(x), of_memory = cut(queries), aheads = cut(ahead), qs = cut(q), ks = cut(k),
                vs = cut(v);
