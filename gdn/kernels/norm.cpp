@@ -152,8 +152,8 @@ struct BackwardRow {
 // Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [2, dim] takes over
 // what the gate makes of the row to the second pass.
 template <bool kGate, typename T>
-HWY_INLINE void backward_row(const NormParams& p, const Output& to, const BackwardRow<T>& row,
-                             Acc<T>* scratch) {
+HWY_INLINE void backward_row(const NormParams& p, const Output& to, const Output& to_gate,
+                             const BackwardRow<T>& row, Acc<T>* scratch) {
   using A = Acc<T>;
   const A* weight = static_cast<const A*>(p.weight);
   const T *x = row.x, *dy = row.dy;
@@ -199,7 +199,7 @@ HWY_INLINE void backward_row(const NormParams& p, const Output& to, const Backwa
     auto g = hn::Undefined(d);
     if constexpr (kGate) {
       fetch(row.next_gate, i);
-      to.store(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
+      to_gate.store(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
       g = hn::Mul(scale, hn::LoadU(d, gated + i));
     } else {
       g = hn::Mul(scale, load_as(d, dy + i));
@@ -221,7 +221,8 @@ void backward(const NormParams& p, const NormGrads& grads) {
   std::vector<A> partial(grads.dweight == nullptr ? 0 : blocks.count() * p.dim);
   const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
   const int tensors = 3 + (p.gate != nullptr ? 2 : 0) + (grads.dsum != nullptr ? 1 : 0);
-  const Output to(tensors * p.rows * row_bytes, grads.dx, row_bytes);
+  const int64_t bytes = tensors * p.rows * row_bytes;
+  const Output to(bytes, grads.dx, row_bytes), to_gate(bytes, grads.dgate, row_bytes);
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
     std::vector<A> scratch(p.gate == nullptr ? 0 : 2 * p.dim);
     for (int64_t block = first; block < last; ++block) {
@@ -238,11 +239,12 @@ void backward(const NormParams& p, const NormGrads& grads) {
             static_cast<T*>(grads.dx) + i * p.dim,
             p.gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + i * p.dim,
             partial.empty() ? nullptr : partial.data() + block * p.dim};
-        p.gate == nullptr ? backward_row<false>(p, to, row, scratch.data())
-                          : backward_row<true>(p, to, row, scratch.data());
+        p.gate == nullptr ? backward_row<false>(p, to, to_gate, row, scratch.data())
+                          : backward_row<true>(p, to, to_gate, row, scratch.data());
       }
     }
     to.finish();
+    to_gate.finish();
   });
   if (grads.dweight == nullptr) return;
   A* dweight = static_cast<A*>(grads.dweight);

@@ -51,6 +51,7 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
         to_up.store(d, hn::Mul(g, silu), dup + out + i);
       });
     }
+    to_gate.finish();
     to_up.finish();
   });
 }

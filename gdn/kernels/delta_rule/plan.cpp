@@ -68,6 +68,12 @@ int64_t heads_per_task(const Cut& cut, size_t bytes, int64_t threads) {
   return 1;
 }
 
+void add_whole(const DeltaRuleParams& x, const Cut& cut, int64_t n, Plan& plan) {
+  for (int64_t h = 0; h < cut.whole[n]; h += plan.heads) {
+    plan.tasks.push_back({n, h, h + plan.heads, 0, x.V});
+  }
+}
+
 // Pieces to cut a head into by columns of values, so that `heads` of them take `threads` the
 // shortest time. A piece costs what belongs to the keys alone, too.
 int64_t best_pieces(int64_t heads, int64_t panels, int64_t threads) {
@@ -116,9 +122,7 @@ Plan forward_plan(const DeltaRuleParams& x, int64_t panel_width, size_t state_by
   plan.heads = heads_per_task(cut, state_bytes, threads);
   const int64_t columns = divide_up(panels, best_pieces(cut.left, panels, threads)) * panel_width;
   for (const int64_t n : cut.order) {
-    for (int64_t h = 0; h < cut.whole[n]; h += plan.heads) {
-      plan.tasks.push_back({n, h, h + plan.heads, 0, x.V});
-    }
+    add_whole(x, cut, n, plan);
     for (int64_t h = cut.whole[n]; h < x.HV; ++h) {
       for (int64_t v = 0; v < x.V; v += columns) {
         plan.tasks.push_back({n, h, h + 1, v, std::min(x.V, v + columns)});
@@ -137,9 +141,7 @@ Plan backward_plan(const DeltaRuleParams& x, int64_t panel_width, size_t state_b
   plan.heads =
       heads_per_task(cut, state_bytes * static_cast<size_t>(states * (x.HV / x.H)), threads);
   for (const int64_t n : cut.order) {
-    for (int64_t h = 0; h < cut.whole[n]; h += plan.heads) {
-      plan.tasks.push_back({n, h, h + plan.heads, 0, x.V});
-    }
+    add_whole(x, cut, n, plan);
     for (int64_t h = cut.whole[n]; h < x.H; ++h) {
       (together ? plan.together : plan.tasks).push_back({n, h, h + 1, 0, x.V});
     }
