@@ -7,6 +7,9 @@
 // What the user has set stays.
 #include <dlfcn.h>
 #include <limits.h>
+#ifdef __GLIBC__
+#include <sys/auxv.h>
+#endif
 #include <unistd.h>
 
 #include <cstdio>
@@ -23,6 +26,8 @@ void use_huge_pages([[maybe_unused]] char** argv) {
 #ifdef __GLIBC__
   constexpr const char* kVariable = "GLIBC_TUNABLES";
   constexpr const char* kTunable = "glibc.malloc.hugetlb";
+  // glibc takes the variable away from a program with privileges: it would start anew for ever.
+  if (getauxval(AT_SECURE) != 0) return;
   const char* given = std::getenv(kVariable);
   if (given != nullptr && std::strstr(given, kTunable) != nullptr) return;
   const std::string before = given != nullptr && *given != '\0' ? std::string(given) + ":" : "";
