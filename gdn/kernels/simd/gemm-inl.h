@@ -217,49 +217,38 @@ struct ElementFactors {
   HWY_INLINE ElementFactors from(size_t i, size_t j) const { return {s + i * ld + j, ld}; }
 };
 
+// Rows [i, i + kTileRows) of X in a triangular solve: first what they get from the rows before
+// (kUpper: after) them, which are done, then from each other.
 template <size_t kVectors, bool kUpper, typename T, class Factors>
-HWY_INLINE void solve_tile(size_t first, const T* HWY_RESTRICT z, size_t ldz, Factors factors,
+HWY_INLINE void solve_tile(size_t m, size_t i, const T* HWY_RESTRICT z, size_t ldz, Factors factors,
                            T* HWY_RESTRICT x, size_t ldx, T* HWY_RESTRICT raw) {
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
   using V = hn::Vec<Tag<T>>;
   V row[kTileRows][kVectors];
-  for (size_t i = 0; i < kTileRows; ++i) {
-    for (size_t j = 0; j < kVectors; ++j) row[i][j] = hn::LoadU(d, x + i * ldx + j * n);
+  FromMatrix<T>{x + i * ldx, ldx}.start(row);
+  if (kUpper) {
+    const size_t done = i + kTileRows;
+    multiply_add<kTileRows, kVectors, true>(m - done, z + done * ldz + i, ldz, x + done * ldx, ldx,
+                                            row);
+  } else {
+    multiply_add<kTileRows, kVectors, false>(i, z + i * ldz, ldz, x, ldx, row);
   }
+  const T* HWY_RESTRICT diagonal = z + i * ldz + i;
+  HWY_UNROLL(8)  // or GCC keeps the rows in memory, to index them
   for (size_t step = 0; step < kTileRows; ++step) {
     const size_t s = kUpper ? kTileRows - 1 - step : step;
     for (size_t j = 0; j < kVectors; ++j) {
-      if (raw != nullptr) hn::StoreU(row[s][j], d, raw + s * ldx + j * n);
-      row[s][j] = hn::Mul(row[s][j], factors.at(first + s, j * n));
+      if (raw != nullptr) hn::StoreU(row[s][j], d, raw + (i + s) * ldx + j * n);
+      row[s][j] = hn::Mul(row[s][j], factors.at(i + s, j * n));
+      hn::StoreU(row[s][j], d, x + (i + s) * ldx + j * n);
     }
-    for (size_t i = 0; i < kTileRows; ++i) {
-      if (kUpper ? i >= s : i <= s) continue;
-      const V f = hn::Set(d, kUpper ? z[s * ldz + i] : z[i * ldz + s]);
-      for (size_t j = 0; j < kVectors; ++j) row[i][j] = hn::MulAdd(f, row[s][j], row[i][j]);
+    HWY_UNROLL(8)
+    for (size_t r = 0; r < kTileRows; ++r) {
+      if (kUpper ? r >= s : r <= s) continue;
+      const V f = hn::Set(d, kUpper ? diagonal[s * ldz + r] : diagonal[r * ldz + s]);
+      for (size_t j = 0; j < kVectors; ++j) row[r][j] = hn::MulAdd(f, row[s][j], row[r][j]);
     }
-  }
-  for (size_t i = 0; i < kTileRows; ++i) {
-    for (size_t j = 0; j < kVectors; ++j) hn::StoreU(row[i][j], d, x + i * ldx + j * n);
-  }
-}
-
-template <size_t kVectors, bool kUpper, typename T, class Factors>
-HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, Factors factors, T* x, size_t ldx,
-                            T* raw) {
-  for (size_t step = 0; step < m; step += kTileRows) {
-    const size_t i = kUpper ? m - kTileRows - step : step;
-    if (kUpper) {
-      const size_t done = i + kTileRows;
-      gemm_tile<kTileRows, kVectors, true>(FromMatrix<T>{x + i * ldx, ldx}, {m - done},
-                                           z + done * ldz + i, ldz, x + done * ldx, ldx,
-                                           x + i * ldx, ldx);
-    } else {
-      gemm_tile<kTileRows, kVectors, false>(FromMatrix<T>{x + i * ldx, ldx}, {i}, z + i * ldz, ldz,
-                                            x, ldx, x + i * ldx, ldx);
-    }
-    solve_tile<kVectors, kUpper>(i, z + i * ldz + i, ldz, factors, x + i * ldx, ldx,
-                                 raw != nullptr ? raw + i * ldx : nullptr);
   }
 }
 
@@ -269,15 +258,19 @@ HWY_INLINE void solve_panel(size_t m, const T* z, size_t ldz, Factors factors, T
 template <typename T, class Factors>
 HWY_INLINE void solve_lower(size_t m, size_t n, const T* z, size_t ldz, Factors factors, T* x,
                             size_t ldx, T* raw) {
-  n > lanes<T>() ? solve_panel<2, false>(m, z, ldz, factors, x, ldx, raw)
-                 : solve_panel<1, false>(m, z, ldz, factors, x, ldx, raw);
+  for (size_t i = 0; i < m; i += kTileRows) {
+    n > lanes<T>() ? solve_tile<2, false>(m, i, z, ldz, factors, x, ldx, raw)
+                   : solve_tile<1, false>(m, i, z, ldz, factors, x, ldx, raw);
+  }
 }
 // The same with R = X + Z^T Y.
 template <typename T, class Factors>
 HWY_INLINE void solve_lower_transposed(size_t m, size_t n, const T* z, size_t ldz, Factors factors,
                                        T* x, size_t ldx, T* raw) {
-  n > lanes<T>() ? solve_panel<2, true>(m, z, ldz, factors, x, ldx, raw)
-                 : solve_panel<1, true>(m, z, ldz, factors, x, ldx, raw);
+  for (size_t i = m; i > 0; i -= kTileRows) {
+    n > lanes<T>() ? solve_tile<2, true>(m, i - kTileRows, z, ldz, factors, x, ldx, raw)
+                   : solve_tile<1, true>(m, i - kTileRows, z, ldz, factors, x, ldx, raw);
+  }
 }
 
 // C += Z B for lower triangular Z[m,m] (entries above the diagonal are zero, and mostly not read).
