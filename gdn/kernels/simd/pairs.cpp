@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gdn/kernels/simd/targets.h"
+#include "hwy/base.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #define GDN_PAIRS_X86 1
@@ -75,30 +76,39 @@ constexpr PairKernels kEmulated = {PairBackend::kEmulated, emulated_product, emu
 // latency, and use a row of B eight times.
 template <size_t kVectors>
 GDN_AVX512_BF16 inline void avx512_tile(const PairProduct& p, size_t i0, size_t j0) {
+  // Unrolled by order: or GCC keeps the sums in memory before and after the loop over the depth.
   constexpr size_t kRows = 8;
-  float* c = p.c + i0 * p.ldc + j0;
+  const size_t lda = p.lda, ldb = p.ldb, ldc = p.ldc;
+  float* c = p.c + i0 * ldc + j0;
   __m512 sum[kRows][kVectors];
+  HWY_UNROLL(8)
   for (size_t i = 0; i < kRows; ++i) {
+    HWY_UNROLL(2)
     for (size_t j = 0; j < kVectors; ++j) {
       sum[i][j] = p.keep == nullptr ? _mm512_setzero_ps()
                                     : _mm512_mul_ps(_mm512_set1_ps(p.keep[(i0 + i) * p.keep_step]),
-                                                    _mm512_loadu_ps(c + i * p.ldc + 16 * j));
+                                                    _mm512_loadu_ps(c + i * ldc + 16 * j));
     }
   }
-  const BFloat16* a = p.a + i0 * p.lda;
+  const BFloat16* a = p.a + i0 * lda;
   const uint32_t* b = p.b + j0;
-  for (size_t l = 0; l < p.k; l += 2, b += p.ldb) {
+  for (size_t l = 0; l < p.k; l += 2, b += ldb) {
     __m512bh row[kVectors];
+    HWY_UNROLL(2)
     for (size_t j = 0; j < kVectors; ++j) row[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+    HWY_UNROLL(8)
     for (size_t i = 0; i < kRows; ++i) {
       int32_t pair;
-      std::memcpy(&pair, a + i * p.lda + l, sizeof(pair));
+      std::memcpy(&pair, a + i * lda + l, sizeof(pair));
       const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      HWY_UNROLL(2)
       for (size_t j = 0; j < kVectors; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, row[j]);
     }
   }
+  HWY_UNROLL(8)
   for (size_t i = 0; i < kRows; ++i) {
-    for (size_t j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * p.ldc + 16 * j, sum[i][j]);
+    HWY_UNROLL(2)
+    for (size_t j = 0; j < kVectors; ++j) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
   }
 }
 
