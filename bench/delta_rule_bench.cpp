@@ -99,7 +99,7 @@ void add_all() {
     }
   }
   for (const int chunk : {16, 32, 64}) {
-    for (const auto& [name, base] : {shapes[0], shapes[3], shapes[4]}) {
+    for (const auto& [name, base] : {shapes[0], shapes[1], shapes[3], shapes[4]}) {
       Shape shape = base;
       shape.chunk_size = chunk;
       const std::string suffix = "chunk" + std::to_string(chunk) + "_" + name;

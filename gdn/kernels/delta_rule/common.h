@@ -20,8 +20,7 @@ inline constexpr double kL2NormEps = 1e-6;
 
 // Tokens per chunk. The measurements behind the automatic choice are in README.md.
 inline int64_t chunk_size(const DeltaRuleParams& p) {
-  if (p.chunk_size != 0) return p.chunk_size;
-  return p.K <= 64 && p.V <= 64 ? 16 : 32;
+  return p.chunk_size != 0 ? p.chunk_size : 16;
 }
 
 // `saved` holds the solved values U without their beta [T_total,HV,V] (none without an erase), then
