@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
 
@@ -20,8 +20,8 @@ namespace HWY_NAMESPACE {
 
 // exp(A_log) of each channel's head, so that the loops over channels need no knowledge of heads.
 template <typename A>
-std::vector<A> channel_rates(const GateParams& p) {
-  std::vector<A> rates(p.heads * p.channels);
+PageVector<A> channel_rates(const GateParams& p) {
+  PageVector<A> rates(p.heads * p.channels);
   for (int64_t i = 0; i < p.heads * p.channels; ++i) {
     rates[i] = std::exp(static_cast<const A*>(p.A_log)[i / p.channels]);
   }
@@ -32,7 +32,7 @@ template <typename T>
 void gate_forward_t(const GateParams& p, Acc<T>* g) {
   using A = Acc<T>;
   const int64_t dim = p.heads * p.channels;
-  const std::vector<A> rates = channel_rates<A>(p);
+  const PageVector<A> rates = channel_rates<A>(p);
   const A* rate = rates.data();
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const int64_t element = sizeof(T) + sizeof(A);
@@ -62,11 +62,11 @@ template <typename T>
 void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   using A = Acc<T>;
   const int64_t dim = p.heads * p.channels;
-  const std::vector<A> rates = channel_rates<A>(p);
+  const PageVector<A> rates = channel_rates<A>(p);
   const A* rate = rates.data();
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const RowBlocks blocks(p.rows, row_grain(4 * dim));
-  std::vector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
+  PageVector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
   const int64_t element = 2 * sizeof(T) + sizeof(A);
   const Output to(p.rows * dim * element, grads.da, dim * static_cast<int64_t>(sizeof(T)));
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {

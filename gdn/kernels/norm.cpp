@@ -8,9 +8,9 @@
 
 #include <cmath>
 #include <type_traits>
-#include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
 
@@ -25,11 +25,11 @@ A inverse_norm(const NormParams& p, A sum_of_squares) {
 }
 
 template <typename T>
-Acc<T> sum_of_squares(const T* x, int64_t dim) {
-  return sum_lanes<Acc<T>>(dim, [&](auto d, int64_t i) HWY_ATTR {
-    const auto v = load_as(d, x + i);
-    return hn::Mul(v, v);
-  });
+HWY_INLINE Acc<T> sum_of_squares(const T* x, int64_t dim) {
+  return sum_bundles<T, 1>(dim, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
+    const auto v = bundle.load(x + i);
+    for (int j = 0; j < bundle.kCount; ++j) sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
+  })[0];
 }
 
 template <typename T>
@@ -43,174 +43,206 @@ inline constexpr int64_t kLongRow = 512;
 template <typename T>
 const T* next_row(const void* data, const RowLayout& layout, int64_t row, int64_t end,
                   int64_t dim) {
-  return dim < kLongRow || row + 1 >= end ? nullptr : row_of<T>(data, layout, row + 1, dim);
+  return dim < kLongRow || row >= end ? nullptr : row_of<T>(data, layout, row, dim);
 }
 template <typename T>
 HWY_INLINE void fetch(const T* row, int64_t i) {
   if (row != nullptr) __builtin_prefetch(row + i, 0, 2);
 }
 
-// act(z) and its derivative, for sigmoid and for z * sigmoid(z).
-template <class V>
-struct Activation {
-  V value, slope;
-};
-template <class D, class V>
-HWY_INLINE Activation<V> activate(D d, V z, bool silu) {
-  const auto s = sigmoid(d, z), rest = hn::Sub(hn::Set(d, 1), s);
-  if (!silu) return {s, hn::Mul(s, rest)};
-  const auto v = hn::Mul(z, s);
-  return {v, hn::MulAdd(v, rest, s)};
+// Short rows that are taken together, so that the second pass waits only once for what the sums'
+// last steps and the square roots take. Backward goes over them side by side in its second pass,
+// two at a time also of long rows: the sums of dweight are loaded and stored once for all of them.
+// Forward goes over one after the other: it is bound by memory, which prefers that.
+inline constexpr int kShortRows = 4;
+
+// Calls f(std::integral_constant<int, kRows>(), row) for all rows: `together` of them at a time
+// (1, 2 or kShortRows), and the rest one by one.
+template <class F>
+HWY_INLINE void for_rows(int64_t begin, int64_t end, int together, const F& f) {
+  int64_t row = begin;
+  if (together == kShortRows) {
+    for (; row + kShortRows <= end; row += kShortRows) {
+      f(std::integral_constant<int, kShortRows>(), row);
+    }
+  } else if (together == 2) {
+    for (; row + 2 <= end; row += 2) f(std::integral_constant<int, 2>(), row);
+  }
+  for (; row < end; ++row) f(std::integral_constant<int, 1>(), row);
 }
 
-// One row of kVectors whole vectors, which stay in registers; 0: of any length.
-template <int kVectors, typename T>
-HWY_INLINE void forward_row(const NormParams& p, const Output& to, const T* x, const T* gate,
-                            T* out, const T* next_x, const T* next_gate) {
+template <class D, class V>
+HWY_INLINE Activation<V> activate(D d, V z, NormGate activation) {
+  if (activation == NormGate::kSilu) return silu_and_slope(d, z);
+  const auto s = sigmoid(d, z);
+  return {s, hn::Mul(s, hn::Sub(hn::Set(d, 1), s))};
+}
+
+// `weight` in its own order; null: ones.
+template <bool kGate, int kRows, typename T>
+HWY_INLINE void forward_rows(const NormParams& p, const Output& to, const Acc<T>* weight,
+                             int64_t first, int64_t end, T* y, T* sum) {
   using A = Acc<T>;
-  const A* weight = static_cast<const A*>(p.weight);
-  const auto finish = [&](auto d, auto v, int64_t i) HWY_ATTR {
-    if (weight != nullptr) v = hn::Mul(v, hn::LoadU(d, weight + i));
-    if (gate != nullptr) {
-      const auto z = load_as(d, gate + i);
-      v = hn::Mul(v, p.activation == NormGate::kSilu ? hn::Mul(z, sigmoid(d, z)) : sigmoid(d, z));
+  const T *x[kRows], *gate[kRows], *next_x[kRows], *next_gate[kRows];
+  A r[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    const int64_t row = first + k;
+    x[k] = row_of<T>(p.x, p.x_layout, row, p.dim);
+    gate[k] = row_of<T>(p.gate, p.gate_layout, row, p.dim);
+    next_x[k] = next_row<T>(p.x, p.x_layout, row + kRows, end, p.dim);
+    next_gate[k] = next_row<T>(p.gate, p.gate_layout, row + kRows, end, p.dim);
+    if (p.add != nullptr) {
+      const T *add = row_of<T>(p.add, p.add_layout, row, p.dim), *in = x[k];
+      T* total = sum + row * p.dim;
+      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+        const auto scale = hn::Set(bundle.d, static_cast<A>(p.add_scale));
+        const auto more = bundle.load(add + i);
+        auto v = bundle.load(in + i);
+        for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::MulAdd(scale, more[j], v[j]);
+        bundle.store(Output(), v, total + i);
+      });
+      x[k] = total;
     }
-    to.store(d, v, out + i);
-  };
-  if constexpr (kVectors > 0) {
-    const hn::ScalableTag<A> d;
-    const int64_t n = hn::Lanes(d);
-    hn::Vec<decltype(d)> v[kVectors], s0 = hn::Zero(d), s1 = hn::Zero(d);
-    for (int j = 0; j < kVectors; ++j) {
-      v[j] = load_as(d, x + j * n);
-      auto& s = j % 2 == 0 ? s0 : s1;
-      s = hn::MulAdd(v[j], v[j], s);
-    }
-    const A sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1)));
-    const auto r = hn::Set(d, inverse_norm(p, sum));
-    for (int j = 0; j < kVectors; ++j) finish(d, hn::Mul(v[j], r), j * n);
-  } else {
-    const A r = inverse_norm(p, sum_of_squares(x, p.dim));
-    for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-      fetch(next_x, i);
-      fetch(next_gate, i);
-      finish(d, hn::Mul(load_as(d, x + i), hn::Set(d, r)), i);
+    r[k] = inverse_norm(p, sum_of_squares(x[k], p.dim));
+  }
+  for (int k = 0; k < kRows; ++k) {
+    const T *in = x[k], *z = gate[k], *fetch_x = next_x[k], *fetch_gate = next_gate[k];
+    T* out = y + (first + k) * p.dim;
+    const A scale = r[k];
+    for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto d = bundle.d;
+      fetch(fetch_x, i);
+      auto v = bundle.load(in + i);
+      for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Mul(v[j], hn::Set(d, scale));
+      if (weight != nullptr) {
+        const auto w = bundle.load_own(weight + i);
+        for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Mul(v[j], w[j]);
+      }
+      if constexpr (kGate) {
+        fetch(fetch_gate, i);
+        const auto act = bundle.load(z + i);
+        for (int j = 0; j < bundle.kCount; ++j) {
+          v[j] =
+              hn::Mul(v[j], p.activation == NormGate::kSilu ? silu(d, act[j]) : sigmoid(d, act[j]));
+        }
+      }
+      bundle.store(to, v, out + i);
     });
   }
 }
 
-// Calls f with the number of vectors in a row as a constant where a row fits into registers, else
-// with 0.
-template <typename A, class F>
-void dispatch_vectors(int64_t dim, const F& f) {
-  const int64_t n = hn::Lanes(hn::ScalableTag<A>());
-  if (dim == 8 * n) return f(std::integral_constant<int, 8>());
-  if (dim == 4 * n) return f(std::integral_constant<int, 4>());
-  f(std::integral_constant<int, 0>());
-}
-
 template <typename T>
 void forward(const NormParams& p, T* y, T* sum) {
-  using A = Acc<T>;
   const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
   const int tensors = 2 + (p.gate != nullptr ? 1 : 0) + (p.add != nullptr ? 2 : 0);
   const Output to(tensors * p.rows * row_bytes, y, row_bytes);
-  dispatch_vectors<A>(p.add == nullptr ? p.dim : 0, [&](auto vectors) {
-    parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* x = row_of<T>(p.x, p.x_layout, row, p.dim);
-        const T* next_x = next_row<T>(p.x, p.x_layout, row, end, p.dim);
-        const T* gate = row_of<T>(p.gate, p.gate_layout, row, p.dim);
-        const T* next_gate = next_row<T>(p.gate, p.gate_layout, row, end, p.dim);
-        if (p.add != nullptr) {
-          const T* add = row_of<T>(p.add, p.add_layout, row, p.dim);
-          T* total = sum + row * p.dim;
-          for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-            const auto scale = hn::Set(d, static_cast<A>(p.add_scale));
-            store_as(d, hn::MulAdd(scale, load_as(d, add + i), load_as(d, x + i)), total + i);
-          });
-          x = total;
-        }
-        forward_row<vectors.value>(p, to, x, gate, y + row * p.dim, next_x, next_gate);
-      }
-      to.finish();
+  const OwnOrder<T> weight(static_cast<const Acc<T>*>(p.weight), p.dim);
+  parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
+    for_rows(begin, end, p.dim < kLongRow ? kShortRows : 1, [&](auto rows, int64_t row) HWY_ATTR {
+      p.gate != nullptr ? forward_rows<true, rows.value>(p, to, weight.data(), row, end, y, sum)
+                        : forward_rows<false, rows.value>(p, to, weight.data(), row, end, y, sum);
     });
+    to.finish();
   });
 }
 
-// The pointers of one row of backward; null for what there is not.
+// What the blocks of backward share.
 template <typename T>
-struct BackwardRow {
-  const T *x, *dy, *gate, *dsum, *next_x, *next_dy, *next_gate;
-  T *dx, *dgate;
-  Acc<T>* dweight;
+struct BackwardCall {
+  const NormParams& p;
+  const NormGrads& grads;
+  const Acc<T>* weight;  // in its own order; null: ones
+  Output to, to_gate;
 };
 
 // With n = x * r and h = dy * act(gate) * weight:
 //   dx = r * (h - n * m * sum(h * n)), dgate = dy * n * weight * act'(gate), dweight = sum over
 //   rows of dy * act * n.
-// Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [2, dim] takes over
-// what the gate makes of the row to the second pass.
-template <bool kGate, typename T>
-HWY_INLINE void backward_row(const NormParams& p, const Output& to, const Output& to_gate,
-                             const BackwardRow<T>& row, Acc<T>* scratch) {
+// Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [kRows, 2, dim] takes
+// over what the gate makes of the rows to the second pass. `dweight`, in its own order, or null.
+template <bool kGate, int kRows, typename T>
+HWY_INLINE void backward_rows(const BackwardCall<T>& call, int64_t first_row, int64_t end,
+                              Acc<T>* scratch, Acc<T>* dweight) {
   using A = Acc<T>;
-  const A* weight = static_cast<const A*>(p.weight);
-  const T *x = row.x, *dy = row.dy;
-  A *gated = scratch, *slopes = scratch + p.dim;
-  A squares = 0, dot = 0;
-  const auto first = [&](auto d, int64_t i, auto& sum_squares, auto& sum_dot) HWY_ATTR {
-    const auto v = load_as(d, x + i);
-    auto g = load_as(d, dy + i);
-    auto weighted = weight != nullptr ? hn::Mul(v, hn::LoadU(d, weight + i)) : v;
-    sum_squares = hn::MulAdd(v, v, sum_squares);
-    if constexpr (kGate) {
-      const auto act = activate(d, load_as(d, row.gate + i), p.activation == NormGate::kSilu);
-      hn::StoreU(hn::Mul(hn::Mul(g, weighted), act.slope), d, slopes + i);
-      g = hn::Mul(g, act.value);
-      hn::StoreU(g, d, gated + i);
-    }
-    sum_dot = hn::MulAdd(g, weighted, sum_dot);
-  };
-  {
-    const hn::ScalableTag<A> d;
-    const int64_t n = hn::Lanes(d);
-    auto s0 = hn::Zero(d), s1 = hn::Zero(d), t0 = hn::Zero(d), t1 = hn::Zero(d);
-    int64_t i = 0;
-    for (; i + 2 * n <= p.dim; i += 2 * n) {
-      first(d, i, s0, t0);
-      first(d, i + n, s1, t1);
-    }
-    for (; i + n <= p.dim; i += n) first(d, i, s0, t0);
-    const hn::CappedTag<A, 1> d1;
-    auto s = hn::Zero(d1), t = hn::Zero(d1);
-    for (; i < p.dim; ++i) first(d1, i, s, t);
-    squares = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0, s1))) + hn::GetLane(s);
-    dot = hn::GetLane(hn::SumOfLanes(d, hn::Add(t0, t1))) + hn::GetLane(t);
+  const NormParams& p = call.p;
+  const NormGrads& grads = call.grads;
+  const A* weight = call.weight;
+  const int64_t dim = p.dim;
+  const T *x[kRows], *dy[kRows], *gate[kRows], *dsum[kRows];
+  const T *next_x[kRows], *next_dy[kRows], *next_gate[kRows];
+  A r[kRows], of_x[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    const int64_t row = first_row + k, next = row + kRows;
+    x[k] = row_of<T>(p.x, p.x_layout, row, dim);
+    dy[k] = row_of<T>(grads.dy, grads.dy_layout, row, dim);
+    gate[k] = row_of<T>(p.gate, p.gate_layout, row, dim);
+    dsum[k] = row_of<T>(grads.dsum, grads.dsum_layout, row, dim);
+    next_x[k] = next_row<T>(p.x, p.x_layout, next, end, dim);
+    next_dy[k] = next_row<T>(grads.dy, grads.dy_layout, next, end, dim);
+    next_gate[k] = next_row<T>(p.gate, p.gate_layout, next, end, dim);
+    A *gated = scratch + 2 * k * dim, *slopes = gated + dim;
+    const T *in = x[k], *gradient = dy[k], *z = gate[k];
+    const auto [squares, dot] =
+        sum_bundles<T, 2>(dim, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
+          const auto v = bundle.load(in + i);
+          auto g = bundle.load(gradient + i), weighted = v;
+          if (weight != nullptr) {
+            const auto w = bundle.load_own(weight + i);
+            for (int j = 0; j < bundle.kCount; ++j) weighted[j] = hn::Mul(v[j], w[j]);
+          }
+          if constexpr (kGate) {
+            auto act = bundle.load(z + i);
+            for (int j = 0; j < bundle.kCount; ++j) {
+              const auto a = activate(bundle.d, act[j], p.activation);
+              act[j] = hn::Mul(hn::Mul(g[j], weighted[j]), a.slope);
+              g[j] = hn::Mul(g[j], a.value);
+            }
+            bundle.store_own(act, slopes + i);
+            bundle.store_own(g, gated + i);
+          }
+          for (int j = 0; j < bundle.kCount; ++j) {
+            sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
+            sums[1][j] = hn::MulAdd(g[j], weighted[j], sums[1][j]);
+          }
+        });
+    r[k] = inverse_norm(p, squares);
+    of_x[k] = -(p.kind == NormKind::kRms ? dot / static_cast<A>(dim) : dot) * r[k] * r[k] * r[k];
   }
-  const A r = inverse_norm(p, squares);
-  const A mean = p.kind == NormKind::kRms ? dot / static_cast<A>(p.dim) : dot;
-  const A of_x = -mean * r * r * r;
-  for_lanes<A>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-    fetch(row.next_x, i);
-    fetch(row.next_dy, i);
-    const auto scale = hn::Set(d, r);
-    const auto v = load_as(d, x + i);
-    auto g = hn::Undefined(d);
-    if constexpr (kGate) {
-      fetch(row.next_gate, i);
-      to_gate.store(d, hn::Mul(scale, hn::LoadU(d, slopes + i)), row.dgate + i);
-      g = hn::Mul(scale, hn::LoadU(d, gated + i));
-    } else {
-      g = hn::Mul(scale, load_as(d, dy + i));
+  T* dx = static_cast<T*>(grads.dx) + first_row * dim;
+  T* dgate = kGate ? static_cast<T*>(grads.dgate) + first_row * dim : nullptr;
+  for_bundles<T>(0, dim, [&](auto bundle, int64_t i) HWY_ATTR {
+    const auto d = bundle.d;
+    auto w = bundle.zero(), dw = w;
+    if (weight != nullptr) w = bundle.load_own(weight + i);
+    if (dweight != nullptr) dw = bundle.load_own(dweight + i);
+    for (int k = 0; k < kRows; ++k) {
+      fetch(next_x[k], i);
+      fetch(next_dy[k], i);
+      const auto scale = hn::Set(d, r[k]);
+      auto v = bundle.load(x[k] + i), g = v;
+      if constexpr (kGate) {
+        fetch(next_gate[k], i);
+        const A* gated = scratch + 2 * k * dim;
+        auto slope = bundle.load_own(gated + dim + i);
+        for (int j = 0; j < bundle.kCount; ++j) slope[j] = hn::Mul(scale, slope[j]);
+        bundle.store(call.to_gate, slope, dgate + k * dim + i);
+        g = bundle.load_own(gated + i);
+      } else {
+        g = bundle.load(dy[k] + i);
+      }
+      for (int j = 0; j < bundle.kCount; ++j) {
+        g[j] = hn::Mul(scale, g[j]);
+        dw[j] = hn::MulAdd(g[j], v[j], dw[j]);
+        if (weight != nullptr) g[j] = hn::Mul(g[j], w[j]);
+        v[j] = hn::MulAdd(v[j], hn::Set(d, of_x[k]), g[j]);
+      }
+      if (dsum[k] != nullptr) {
+        const auto more = bundle.load(dsum[k] + i);
+        for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Add(v[j], more[j]);
+      }
+      bundle.store(call.to, v, dx + k * dim + i);
     }
-    if (row.dweight != nullptr) {
-      hn::StoreU(hn::MulAdd(g, v, hn::LoadU(d, row.dweight + i)), d, row.dweight + i);
-    }
-    if (weight != nullptr) g = hn::Mul(g, hn::LoadU(d, weight + i));
-    auto out = hn::MulAdd(v, hn::Set(d, of_x), g);
-    if (row.dsum != nullptr) out = hn::Add(out, load_as(d, row.dsum + i));
-    to.store(d, out, row.dx + i);
+    if (dweight != nullptr) bundle.store_own(dw, dweight + i);
   });
 }
 
@@ -218,41 +250,37 @@ template <typename T>
 void backward(const NormParams& p, const NormGrads& grads) {
   using A = Acc<T>;
   const RowBlocks blocks(p.rows, row_grain(p.dim));
-  std::vector<A> partial(grads.dweight == nullptr ? 0 : blocks.count() * p.dim);
+  PageVector<A> partial(grads.dweight == nullptr ? 0 : blocks.count() * p.dim);
   const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
   const int tensors = 3 + (p.gate != nullptr ? 2 : 0) + (grads.dsum != nullptr ? 1 : 0);
   const int64_t bytes = tensors * p.rows * row_bytes;
-  const Output to(bytes, grads.dx, row_bytes), to_gate(bytes, grads.dgate, row_bytes);
+  const OwnOrder<T> weight(static_cast<const A*>(p.weight), p.dim);
+  const BackwardCall<T> call = {p, grads, weight.data(), Output(bytes, grads.dx, row_bytes),
+                                Output(bytes, grads.dgate, row_bytes)};
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
-    std::vector<A> scratch(p.gate == nullptr ? 0 : 2 * p.dim);
+    PageVector<A> scratch(p.gate == nullptr ? 0 : 2 * kShortRows * p.dim);
     for (int64_t block = first; block < last; ++block) {
+      A* dweight = partial.empty() ? nullptr : partial.data() + block * p.dim;
       const int64_t end = blocks.end(block);
-      for (int64_t i = blocks.begin(block); i < end; ++i) {
-        const BackwardRow<T> row = {
-            row_of<T>(p.x, p.x_layout, i, p.dim),
-            row_of<T>(grads.dy, grads.dy_layout, i, p.dim),
-            row_of<T>(p.gate, p.gate_layout, i, p.dim),
-            row_of<T>(grads.dsum, grads.dsum_layout, i, p.dim),
-            next_row<T>(p.x, p.x_layout, i, end, p.dim),
-            next_row<T>(grads.dy, grads.dy_layout, i, end, p.dim),
-            next_row<T>(p.gate, p.gate_layout, i, end, p.dim),
-            static_cast<T*>(grads.dx) + i * p.dim,
-            p.gate == nullptr ? nullptr : static_cast<T*>(grads.dgate) + i * p.dim,
-            partial.empty() ? nullptr : partial.data() + block * p.dim};
-        p.gate == nullptr ? backward_row<false>(p, to, to_gate, row, scratch.data())
-                          : backward_row<true>(p, to, to_gate, row, scratch.data());
-      }
+      for_rows(blocks.begin(block), end, p.dim < kLongRow ? kShortRows : 2,
+               [&](auto rows, int64_t row) HWY_ATTR {
+                 p.gate != nullptr
+                     ? backward_rows<true, rows.value>(call, row, end, scratch.data(), dweight)
+                     : backward_rows<false, rows.value>(call, row, end, scratch.data(), dweight);
+               });
     }
-    to.finish();
-    to_gate.finish();
+    call.to.finish();
+    call.to_gate.finish();
   });
   if (grads.dweight == nullptr) return;
-  A* dweight = static_cast<A*>(grads.dweight);
-  for (int64_t i = 0; i < p.dim; ++i) {
-    A sum = 0;
-    for (int64_t block = 0; block < blocks.count(); ++block) sum += partial[block * p.dim + i];
-    dweight[i] = sum;
-  }
+  for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+    auto sum = bundle.zero();
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      const auto more = bundle.load_own(partial.data() + block * p.dim + i);
+      for (int j = 0; j < bundle.kCount; ++j) sum[j] = hn::Add(sum[j], more[j]);
+    }
+    bundle.store(Output(), sum, static_cast<A*>(grads.dweight) + i);
+  });
 }
 
 void norm_forward_any(const NormParams& p, void* y, void* sum) {

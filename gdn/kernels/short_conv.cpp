@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/rows.h"
 #include "gdn/kernels/sequences.h"
@@ -61,9 +62,9 @@ inline int64_t row_stride(const ShortConvParams& p) {
 
 // [N, C, W] to [N, W, C], so that channels lie side by side; empty for null. Out: T or Acc<T>.
 template <typename Out, typename T>
-std::vector<Out> channels_last(const T* in, int64_t n, int64_t channels, int width) {
+PageVector<Out> channels_last(const T* in, int64_t n, int64_t channels, int width) {
   if (in == nullptr) return {};
-  std::vector<Out> out(n * channels * width);
+  PageVector<Out> out(n * channels * width);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t c = 0; c < channels; ++c) {
       for (int j = 0; j < width; ++j) {
@@ -133,10 +134,10 @@ struct Operands {
     return sum;
   }
   const ShortConvParams& p;
-  const A* bias;                 // [C] or null
-  const std::vector<A> weights;  // [W, C]
-  const std::vector<T> history;  // [N, W, C] or empty
-  const std::vector<T> zeros;    // [C]
+  const A* bias;                // [C] or null
+  const PageVector<A> weights;  // [W, C]
+  const PageVector<T> history;  // [N, W, C] or empty
+  const PageVector<T> zeros;    // [C]
 };
 
 // kCount tokens from t on, for channels [first, last). All inputs of a vector of channels are
@@ -150,7 +151,6 @@ void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_
   const ShortConvParams& p = in.p;
   const T* rows[kMaxConvWidth + kCount];
   in.rows(run, t, kCount, rows);
-  const bool silu = p.silu;
   for_lanes<A>(last - first, [&](auto d, int64_t i) HWY_ATTR {
     const int64_t c = first + i;
     hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
@@ -159,7 +159,7 @@ void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_
     for (int64_t r = 0; r < in.width() - 1 + kCount; ++r) x[r] = load_as(d, rows[r] + c);
     for (int64_t r = 0; r < kCount; ++r) {
       auto v = in.convolve(bias, w, x + r);
-      if (silu) v = hn::Mul(v, sigmoid(d, v));
+      if (p.silu) v = silu(d, v);
       store_as(d, v, y + (t + r) * p.channels + c);
     }
   });
@@ -320,7 +320,7 @@ struct BackwardGroup {
   const ShortConvGrads& g;
   const A* d_final;  // [N, W, C] or null
   A* d_history;      // [N, W, C] or null
-  std::vector<A> carried;
+  PageVector<A> carried;
   Run tokens = {};
   int64_t first = 0, last = 0;  // channels
 };
@@ -330,13 +330,13 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   using A = Acc<T>;
   const int64_t channels = p.channels;
   const Operands<T, kW> in(p);
-  const std::vector<A> d_final = short_conv::channels_last<A>(static_cast<const T*>(g.d_final),
-                                                              p.num_sequences, channels, p.width);
+  const PageVector<A> d_final = short_conv::channels_last<A>(static_cast<const T*>(g.d_final),
+                                                             p.num_sequences, channels, p.width);
   const RowBlocks groups(p.total_tokens, 64, 16);
   const int64_t chunks = (channels + kChunk - 1) / kChunk;
   const int64_t num_sums = (p.width + 1) * channels;  // of dweight [W, C], then of dbias [C]
-  std::vector<A> partial(groups.count() * num_sums);
-  std::vector<A> d_history(g.d_initial == nullptr ? 0 : p.num_sequences * p.width * channels);
+  PageVector<A> partial(groups.count() * num_sums);
+  PageVector<A> d_history(g.d_initial == nullptr ? 0 : p.num_sequences * p.width * channels);
   parallel_for(0, groups.count() * chunks, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
     BackwardGroup<T, kW> worker(in, g, d_final.empty() ? nullptr : d_final.data(),
                                 d_history.empty() ? nullptr : d_history.data());
@@ -414,7 +414,7 @@ void step_channels(const ShortConvParams& p, const T* x, T* history, T* y, int64
       v = hn::MulAdd(w1, widen<T>(d, x1), v);
       v = hn::MulAdd(w2, widen<T>(d, x2), v);
       v = hn::MulAdd(w3, widen<T>(d, x3), v);
-      if (p.silu) v = hn::Mul(v, sigmoid(d, v));
+      if (p.silu) v = silu(d, v);
       store_as(d, v, y + c);
     }
   }
@@ -426,7 +426,7 @@ void step_channels(const ShortConvParams& p, const T* x, T* history, T* y, int64
     auto v = bias == nullptr ? hn::Zero(d1) : hn::LoadU(d1, bias + c);
     for (int j = 0; j < p.width; ++j)
       v = hn::MulAdd(hn::LoadU(d1, weight + c * p.width + j), load_as(d1, h + j), v);
-    if (p.silu) v = hn::Mul(v, sigmoid(d1, v));
+    if (p.silu) v = silu(d1, v);
     store_as(d1, v, y + c);
   }
 }

@@ -9,10 +9,12 @@
 #define GDN_KERNELS_SIMD_INL_H_
 #endif
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
 #include "gdn/base/dtype.h"
+#include "gdn/base/pages.h"
 #include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
@@ -148,6 +150,7 @@ HWY_INLINE void store_as(D d, V v, Float16* p) {
 // out. Smaller vectors do not, since a line that is written in parts may go to memory in parts.
 class Output {
  public:
+  Output() : past_caches_(false) {}
   // `bytes`: all that the kernel reads and writes. Rows begin `row_bytes` apart from `first` on.
   Output(int64_t bytes, const void* first, int64_t row_bytes)
       : past_caches_(bytes >= kFarMoreThanCaches && row_bytes % 64 == 0 &&
@@ -160,6 +163,7 @@ class Output {
     }
     store_as(d, v, p);
   }
+  bool past_caches() const { return past_caches_; }
   // After the last store of a thread, so that others see all of them.
   void finish() const {
     if (past_caches_) hwy::FlushStream();
@@ -170,98 +174,293 @@ class Output {
   bool past_caches_;
 };
 
-#if HWY_TARGET == HWY_AVX3
-// p 2^n for whole numbers n: one instruction, which overflows to infinity and hands on NaN.
-HWY_INLINE hn::Vec512<float> scale_by_power(hn::Vec512<float> p, hn::Vec512<float> n) {
-  return hn::Vec512<float>{_mm512_scalef_ps(p.raw, n.raw)};
-}
-HWY_INLINE hn::Vec256<float> scale_by_power(hn::Vec256<float> p, hn::Vec256<float> n) {
-  return hn::Vec256<float>{_mm256_scalef_ps(p.raw, n.raw)};
-}
-template <size_t N>
-HWY_INLINE hn::Vec128<float, N> scale_by_power(hn::Vec128<float, N> p, hn::Vec128<float, N> n) {
-  return hn::Vec128<float, N>{_mm_scalef_ps(p.raw, n.raw)};
-}
-#endif
+// The elements of a row that a kernel takes at once, as kCount vectors. Kernels that work element
+// by element or sum over rows do not care which lane an element is in: 32 elements of HardwareBf16
+// become the even and the odd ones, one operation each, where widening them in order takes two
+// each, and go back by one rounding and one permutation for both. Everything else is one vector in
+// order.
+template <class D, int kN>
+struct Bundle {
+  static constexpr int kCount = kN;
+  struct Vectors {
+    hn::Vec<D> v[kN];
+    HWY_INLINE hn::Vec<D>& operator[](int j) { return v[j]; }
+    HWY_INLINE const hn::Vec<D>& operator[](int j) const { return v[j]; }
+  };
+  D d;
 
-// exp(x) for x up to 80. Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged
-// model looks healthy. Far above 80 it returns garbage instead of infinity, so callers keep their
-// arguments small.
-template <class D, class V>
-HWY_INLINE V exp_of(D d, V x) {
-#if HWY_TARGET == HWY_AVX3
-  if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    // 2^n e^r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), where q is fitted to a relative
-    // error of 3e-9. Min and Max return their second operand where one is NaN.
-    x = hn::Min(hn::Set(d, 100.0f), hn::Max(hn::Set(d, -110.0f), x));
-    const auto n = hn::Round(hn::Mul(x, hn::Set(d, 1.44269504f)));
-    auto r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);  // ln(2) in two parts
-    r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
-    auto q = hn::MulAdd(r, hn::Set(d, 0.00138138805f), hn::Set(d, 0.00836906303f));
-    q = hn::MulAdd(q, r, hn::Set(d, 0.0416684225f));
-    q = hn::MulAdd(q, r, hn::Set(d, 0.166665182f));
-    q = hn::MulAdd(q, r, hn::Set(d, 0.49999994f));
-    q = hn::MulAdd(q, r, hn::Set(d, 1.0f));
-    return scale_by_power(hn::MulAdd(q, r, hn::Set(d, 1.0f)), n);
+  HWY_INLINE int64_t size() const { return kN * static_cast<int64_t>(hn::Lanes(d)); }
+  HWY_INLINE Vectors zero() const {
+    Vectors x;
+    for (auto& v : x.v) v = hn::Zero(d);
+    return x;
   }
+  // Elements of storage type or, beside such, of accumulation type.
+  template <typename T>
+  HWY_INLINE Vectors load(const T* p) const {
+    Vectors x;
+    if constexpr (kN == 1) {
+      x[0] = load_as(d, p);
+    } else if constexpr (std::is_same_v<T, float>) {
+      hn::LoadInterleaved2(d, p, x[0], x[1]);
+    } else {
+      const hn::RebindToUnsigned<D> du;
+      const auto both = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
+      x[0] = hn::BitCast(d, hn::ShiftLeft<16>(both));
+      x[1] = hn::BitCast(d, hn::And(both, hn::Set(du, 0xffff0000u)));
+    }
+    return x;
+  }
+  template <typename T>
+  HWY_INLINE void store(const Output& to, const Vectors& x, T* p) const {
+    if constexpr (kN == 1) {
+      to.store(d, x[0], p);
+    } else if constexpr (std::is_same_v<T, float>) {
+      hn::StoreInterleaved2(x[0], x[1], d, p);
+    } else {
+      store_pair(to, x, p);
+    }
+  }
+  // Rows of a kernel's own, in the order of the lanes.
+  template <typename A>
+  HWY_INLINE Vectors load_own(const A* p) const {
+    Vectors x;
+    for (int j = 0; j < kN; ++j) x[j] = hn::LoadU(d, p + j * hn::Lanes(d));
+    return x;
+  }
+  template <typename A>
+  HWY_INLINE void store_own(const Vectors& x, A* p) const {
+    for (int j = 0; j < kN; ++j) hn::StoreU(x[j], d, p + j * hn::Lanes(d));
+  }
+
+ private:
+  template <typename T>
+  static HWY_INLINE void store_pair(const Output& to, const Vectors& x, T* p) {
+#if HWY_TARGET == HWY_AVX3
+    alignas(64) static constexpr uint16_t kInTurn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i halves;  // the even ones, then the odd ones
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(x[0].raw), "v"(x[1].raw));
+    halves = _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves);
+    if (to.past_caches()) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), halves);
+    } else {
+      _mm512_storeu_si512(p, halves);
+    }
 #endif
-  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+  }
+};
+
+// Rows of T, in their main part.
+#if HWY_TARGET == HWY_AVX3
+template <typename T>
+using WholeBundle = Bundle<hn::ScalableTag<Acc<T>>, std::is_same_v<T, HardwareBf16> ? 2 : 1>;
+#else
+template <typename T>
+using WholeBundle = Bundle<hn::ScalableTag<Acc<T>>, 1>;
+#endif
+
+// Calls f(bundle, i) for the elements [i, i + bundle.size()) of a row of T, from `begin` on: for
+// whole bundles as long as there are such, then for whole vectors, then for single elements.
+template <typename T, class F>
+HWY_INLINE void for_bundles(int64_t begin, int64_t n, F&& f) {
+  const WholeBundle<T> whole{};
+  int64_t i = begin;
+  for (; i + whole.size() <= n; i += whole.size()) f(whole, i);
+  if constexpr (whole.kCount > 1) {
+    const Bundle<hn::ScalableTag<Acc<T>>, 1> vector{};
+    for (; i + vector.size() <= n; i += vector.size()) f(vector, i);
+  }
+  const Bundle<hn::CappedTag<Acc<T>, 1>, 1> one{};
+  for (; i < n; ++i) f(one, i);
 }
 
-// With fused products the activations are built from parts that share what they can, and with
-// AVX-512's estimates they need no division.
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
-#if HWY_TARGET == HWY_AVX3
-HWY_INLINE hn::Vec512<float> estimate_reciprocal(hn::Vec512<float> x) {
-  return hn::Vec512<float>{_mm512_rcp14_ps(x.raw)};
+// kSums sums over a row of T: f(bundle, i, sums) adds what elements [i, i + bundle.size()) give to
+// each of sums[kSums]. Four chains per sum hide the additions' latency.
+template <typename T, int kSums, class F>
+HWY_INLINE std::array<Acc<T>, kSums> sum_bundles(int64_t n, F&& f) {
+  using A = Acc<T>;
+  const WholeBundle<T> whole{};
+  constexpr int kUnroll = 4 / whole.kCount;
+  typename WholeBundle<T>::Vectors sums[kUnroll][kSums];
+  for (auto& chain : sums) {
+    for (auto& s : chain) s = whole.zero();
+  }
+  int64_t i = 0;
+  for (; i + kUnroll * whole.size() <= n; i += kUnroll * whole.size()) {
+    for (int u = 0; u < kUnroll; ++u) f(whole, i + u * whole.size(), sums[u]);
+  }
+  for (; i + whole.size() <= n; i += whole.size()) f(whole, i, sums[0]);
+  const hn::ScalableTag<A> d;
+  hn::Vec<decltype(d)> totals[kSums];
+  for (int s = 0; s < kSums; ++s) {
+    totals[s] = sums[0][s][0];
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int j = u == 0 ? 1 : 0; j < whole.kCount; ++j)
+        totals[s] = hn::Add(totals[s], sums[u][s][j]);
+    }
+  }
+  if constexpr (whole.kCount > 1) {
+    using Vector = Bundle<hn::ScalableTag<A>, 1>;
+    typename Vector::Vectors rest[kSums];
+    for (int s = 0; s < kSums; ++s) rest[s][0] = totals[s];
+    for (; i + Vector{}.size() <= n; i += Vector{}.size()) f(Vector{}, i, rest);
+    for (int s = 0; s < kSums; ++s) totals[s] = rest[s][0];
+  }
+  using One = Bundle<hn::CappedTag<A, 1>, 1>;
+  typename One::Vectors tail[kSums];
+  for (auto& t : tail) t = One{}.zero();
+  for (; i < n; ++i) f(One{}, i, tail);
+  std::array<A, kSums> out;
+  for (int s = 0; s < kSums; ++s) {
+    out[s] = hn::GetLane(hn::SumOfLanes(d, totals[s])) + hn::GetLane(tail[s][0]);
+  }
+  return out;
 }
-HWY_INLINE hn::Vec256<float> estimate_reciprocal(hn::Vec256<float> x) {
-  return hn::Vec256<float>{_mm256_rcp14_ps(x.raw)};
+
+// A row of weights beside rows of T, in the order of their lanes. Null stays null.
+template <typename T>
+class OwnOrder {
+  using A = Acc<T>;
+
+ public:
+  OwnOrder(const A* row, int64_t n) : row_(row) {
+    if constexpr (WholeBundle<T>::kCount > 1) {
+      if (row == nullptr) return;
+      copy_.resize(static_cast<size_t>(n));
+      for_bundles<T>(0, n, [&](auto bundle, int64_t i) HWY_ATTR {
+        bundle.store_own(bundle.load(row + i), copy_.data() + i);
+      });
+      row_ = copy_.data();
+    }
+  }
+  OwnOrder(const OwnOrder&) = delete;
+  OwnOrder& operator=(const OwnOrder&) = delete;
+  const A* data() const { return row_; }
+
+ private:
+  const A* row_;
+  PageVector<A> copy_;
+};
+
+// With fused products exponentials and what is made of them are built from parts that share what
+// they can.
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+#define GDN_SIMD_FUSED 1
+#else
+#define GDN_SIMD_FUSED 0
+#endif
+
+#if GDN_SIMD_FUSED
+// Multiples of ln(2) between which exp keeps to numbers of the normal range and their inverses do:
+// at the ends it is 0 and infinity.
+inline constexpr float kExpZero = -88.0296919f, kExpInfinite = 88.7228391f;
+
+#if HWY_TARGET == HWY_AVX3
+// Entry index % 16 of a table, in each lane.
+HWY_INLINE hn::Vec512<float> look_up(const void* table, hn::Vec512<uint32_t> index) {
+  return hn::Vec512<float>{_mm512_permutexvar_ps(index.raw, _mm512_load_ps(table))};
+}
+HWY_INLINE hn::Vec256<float> look_up(const void* table, hn::Vec256<uint32_t> index) {
+  const hn::Vec512<uint32_t> wide{_mm512_castsi256_si512(index.raw)};
+  return hn::Vec256<float>{_mm512_castps512_ps256(look_up(table, wide).raw)};
 }
 template <size_t N>
-HWY_INLINE hn::Vec128<float, N> estimate_reciprocal(hn::Vec128<float, N> x) {
-  return hn::Vec128<float, N>{_mm_rcp14_ps(x.raw)};
+HWY_INLINE hn::Vec128<float, N> look_up(const void* table, hn::Vec128<uint32_t, N> index) {
+  const hn::Vec512<uint32_t> wide{_mm512_castsi128_si512(index.raw)};
+  return hn::Vec128<float, N>{_mm512_castps512_ps128(look_up(table, wide).raw)};
 }
 
-// 1/x with one step of Newton's method, and 1 for 1; x must lie within 1e-37 and 8e37.
-template <class D, class V>
-HWY_INLINE V reciprocal(D d, V x) {
-  const auto y = estimate_reciprocal(x);
-  return hn::MulAdd(y, hn::NegMulAdd(x, y, hn::Set(d, 1.0f)), y);
-}
-#else  // AVX2's estimate of 1 is not 1, which 1 - sigmoid would magnify
-template <class D, class V>
-HWY_INLINE V reciprocal(D d, V x) {
-  return hn::Div(hn::Set(d, 1.0f), x);
-}
-#endif
+// 2^(j/16), less what an exponent of 4 more bits adds to its bits for them.
+alignas(64) inline constexpr uint32_t kPowers[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+inline constexpr float kPowerSteps = 16;
 
-inline constexpr float kExpLimit = 87.0f;
-
-// exp(x) = fraction * power for |x| <= kExpLimit, to 2e-7 and 2e-8 |x| of itself: power is the
-// nearest 2^n, and the fraction, which hands on NaN, a polynomial in [-1/2, 1/2].
-template <class V>
-struct ExpParts {
-  V fraction, power;
-};
+// 2^(k/16) for the whole number k in the lower bits.
 template <class D, class V>
-HWY_INLINE ExpParts<V> exp_parts(D d, V x) {
+HWY_INLINE V power_of(D d, V shifted) {
   const hn::RebindToUnsigned<D> du;
-  const auto log2e = hn::Set(d, 1.44269504f);
-  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the lower bits; with 127 more
-  // they are the exponent of 2^n.
-  const auto shift = hn::Set(d, 12582912.0f + 127.0f);
-  const auto shifted = hn::MulAdd(x, log2e, shift);
-  const auto f = hn::MulSub(x, log2e, hn::Sub(shifted, shift));
+  const auto k = hn::BitCast(du, shifted);
+  return hn::BitCast(d, hn::Add(hn::BitCast(du, look_up(kPowers, k)), hn::ShiftLeft<19>(k)));
+}
+// 2^f, |f| <= 1/32.
+template <class D, class V>
+HWY_INLINE V small_power(D d, V f) {
+  auto p = hn::MulAdd(f, hn::Set(d, 0.0555021364f), hn::Set(d, 0.240234288f));
+  p = hn::MulAdd(p, f, hn::Set(d, 0.693147183f));
+  return hn::MulAdd(p, f, hn::Set(d, 1.0f));
+}
+#else
+inline constexpr float kPowerSteps = 1;
+
+// 2^k for the whole number k in the lower bits.
+template <class D, class V>
+HWY_INLINE V power_of(D d, V shifted) {
+  const hn::RebindToUnsigned<D> du;
+  return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::BitCast(du, shifted), hn::Set(du, 127))));
+}
+// 2^f, |f| <= 1/2.
+template <class D, class V>
+HWY_INLINE V small_power(D d, V f) {
   auto p = hn::MulAdd(f, hn::Set(d, 0.0013276472f), hn::Set(d, 0.009675541f));
   p = hn::MulAdd(p, f, hn::Set(d, 0.05550713f));
   p = hn::MulAdd(p, f, hn::Set(d, 0.2402212f));
   p = hn::MulAdd(p, f, hn::Set(d, 0.69314694f));
-  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
-  return {p, hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, shifted)))};
+  return hn::MulAdd(p, f, hn::Set(d, 1.0f));
+}
+#endif
+
+// exp(sign x) = fraction * power for kExpZero <= sign x <= kExpInfinite, to 2e-7 and 2e-8 |x| of
+// itself: power is the nearest 2^(k / kPowerSteps), and the fraction, which hands on NaN, a
+// polynomial.
+template <class V>
+struct ExpParts {
+  V fraction, power;
+};
+template <int kSign, class D, class V>
+HWY_INLINE ExpParts<V> exp_parts(D d, V x) {
+  const auto log2e = hn::Set(d, kSign * 1.44269504f);
+  // Adding 1.5 * 2^23 steps rounds to a whole number of steps, which then stands in the lower bits.
+  const auto shift = hn::Set(d, 12582912.0f / kPowerSteps);
+  const auto shifted = hn::MulAdd(x, log2e, shift);
+  const auto f = hn::MulSub(x, log2e, hn::Sub(shifted, shift));
+  return {small_power(d, f), power_of(d, shifted)};
+}
+
+// 1 + exp(-x). Min and Max return a NaN that comes second.
+template <class D, class V>
+HWY_INLINE V one_plus_exp_of_negative(D d, V x) {
+  x = hn::Min(hn::Set(d, -kExpZero - 1), hn::Max(hn::Set(d, -kExpInfinite), x));
+  const auto e = exp_parts<-1>(d, x);
+  return hn::MulAdd(e.fraction, e.power, hn::Set(d, 1.0f));
 }
 
 // log(1 + e) for 0 <= e <= 1, to 1e-7 of itself.
+#if HWY_TARGET == HWY_AVX3
+template <class D, class V>
+HWY_INLINE V log1p_of_fraction(D d, V e) {
+  alignas(64) static constexpr float kInverses[16] = {
+      1.0f,         0.941176474f, 0.888888896f, 0.842105269f, 0.800000012f, 0.761904776f,
+      0.727272749f, 0.695652187f, 0.666666687f, 0.639999986f, 0.615384638f, 0.592592597f,
+      0.571428597f, 0.551724136f, 0.533333361f, 0.516129017f};
+  alignas(64) static constexpr float kLogs[16] = {
+      0.0f,         0.0606246218f, 0.117783032f, 0.171850264f, 0.223143548f, 0.271933705f,
+      0.318453729f, 0.362905502f,  0.405465096f, 0.446287096f, 0.485507816f, 0.523248136f,
+      0.559615791f, 0.594707131f,  0.628608644f, 0.66139847f};
+  // By way of the nearest j/16 up to 15/16: log(1 + j/16) + log(1 + r), r = (e - j/16) / (1 + j/16)
+  // within 1/31.
+  const hn::RebindToUnsigned<D> du;
+  const auto shift = hn::Set(d, 786432.0f);
+  const auto last = hn::BitCast(du, hn::Set(d, 786432.0f + 15.0f / 16));
+  const auto j = hn::Min(last, hn::BitCast(du, hn::Add(e, shift)));
+  const auto r = hn::Mul(hn::Sub(e, hn::Sub(hn::BitCast(d, j), shift)), look_up(kInverses, j));
+  auto p = hn::MulAdd(r, hn::Set(d, -0.25018444f), hn::Set(d, 0.333505857f));
+  p = hn::MulAdd(p, r, hn::Set(d, -0.49999997f));
+  return hn::Add(look_up(kLogs, j), hn::MulAdd(p, hn::Mul(r, r), r));
+}
+#else
 template <class D, class V>
 HWY_INLINE V log1p_of_fraction(D d, V e) {
   auto p = hn::MulAdd(e, hn::Set(d, 0.005232694f), hn::Set(d, -0.029505238f));
@@ -274,17 +473,38 @@ HWY_INLINE V log1p_of_fraction(D d, V e) {
   return hn::Mul(e, hn::MulAdd(p, e, hn::Set(d, 1.0f)));
 }
 #endif
+#endif  // GDN_SIMD_FUSED
+
+// exp(x) for x up to 80. Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged
+// model looks healthy. Far above 80 it may return garbage instead of infinity, so callers keep
+// their arguments small. Results below the normal range may be 0.
+template <class D, class V>
+HWY_INLINE V exp_of(D d, V x) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (sizeof(hn::TFromD<D>) == 4) {
+    // 2^(k/16) e^r with |r| <= ln(2)/32, and e^r by a polynomial of degree 3. Min and Max return
+    // their second operand where one is NaN.
+    x = hn::Min(hn::Set(d, kExpInfinite), hn::Max(hn::Set(d, kExpZero), x));
+    const auto shift = hn::Set(d, 12582912.0f / kPowerSteps);
+    const auto shifted = hn::MulAdd(x, hn::Set(d, 1.44269504f), shift);
+    const auto n = hn::Sub(shifted, shift);
+    auto r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);  // ln(2) in two parts
+    r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
+    auto p = hn::MulAdd(r, hn::Set(d, 0.166660733f), hn::Set(d, 0.500016228f));
+    p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
+    return hn::Mul(hn::MulAdd(p, r, hn::Set(d, 1.0f)), power_of(d, shifted));
+  }
+#endif
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
+}
 
 // To a few units in the last place; results below the normal range may be 0.
 template <class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
   const auto one = hn::Set(d, 1);
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+#if GDN_SIMD_FUSED
   if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    const auto limit = hn::Set(d, kExpLimit);  // Min and Max return a NaN that comes second
-    const auto e = exp_parts(d, hn::Neg(hn::Min(limit, hn::Max(hn::Neg(limit), x))));
-    const auto y = reciprocal(d, hn::MulAdd(e.fraction, e.power, one));
-    return hn::IfThenZeroElse(hn::Lt(x, hn::Neg(limit)), y);
+    return hn::Div(one, one_plus_exp_of_negative(d, x));
   }
 #endif
   // By exp(-|x|), which cannot overflow and keeps the relative precision of small results.
@@ -292,23 +512,37 @@ HWY_INLINE V sigmoid(D d, V x) {
   return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
 }
 
+// x sigmoid(x)
+template <class D, class V>
+HWY_INLINE V silu(D d, V x) {
+#if GDN_SIMD_FUSED
+  if constexpr (sizeof(hn::TFromD<D>) == 4) return hn::Div(x, one_plus_exp_of_negative(d, x));
+#endif
+  return hn::Mul(x, sigmoid(d, x));
+}
+
+// What an activation makes of x, and its derivative there.
 template <class V>
-struct Softplus {
+struct Activation {
   V value, slope;
 };
 
+template <class D, class V>
+HWY_INLINE Activation<V> silu_and_slope(D d, V x) {
+  const auto s = sigmoid(d, x), value = hn::Mul(x, s);
+  return {value, hn::MulAdd(value, hn::Sub(hn::Set(d, 1), s), s)};
+}
+
 // log(1 + exp(x)), which is x itself above 20, and its derivative, the sigmoid.
 template <class D, class V>
-HWY_INLINE Softplus<V> softplus_and_slope(D d, V x) {
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+HWY_INLINE Activation<V> softplus_and_slope(D d, V x) {
+#if GDN_SIMD_FUSED
   if constexpr (sizeof(hn::TFromD<D>) == 4) {
     const auto one = hn::Set(d, 1), zero = hn::Zero(d);
-    const auto parts = exp_parts(d, hn::Max(hn::Set(d, -kExpLimit), hn::Neg(hn::Abs(x))));
-    const auto e = hn::IfThenZeroElse(hn::Gt(hn::Abs(x), hn::Set(d, kExpLimit)),
-                                      hn::Mul(parts.fraction, parts.power));
-    const auto inverse = reciprocal(d, hn::Add(one, e));
+    const auto parts = exp_parts<1>(d, hn::Max(hn::Set(d, kExpZero), hn::Neg(hn::Abs(x))));
+    const auto e = hn::Mul(parts.fraction, parts.power);
     return {hn::Add(hn::Max(zero, x), log1p_of_fraction(d, e)),
-            hn::Mul(inverse, hn::IfThenElse(hn::Lt(x, zero), e, one))};
+            hn::Div(hn::IfThenElse(hn::Lt(x, zero), e, one), hn::Add(one, e))};
   }
 #endif
   const auto limit = hn::Set(d, 20);
@@ -326,5 +560,7 @@ HWY_INLINE V softplus(D d, V x) {
 }  // namespace HWY_NAMESPACE
 }  // namespace gdn
 HWY_AFTER_NAMESPACE();
+
+#undef GDN_SIMD_FUSED
 
 #endif  // toggling include guard

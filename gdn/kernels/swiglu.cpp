@@ -24,9 +24,11 @@ void forward(const SwigluParams& p, T* y) {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
-      for_lanes<Acc<T>>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-        const auto z = load_as(d, gate + i);
-        to.store(d, hn::Mul(hn::Mul(z, sigmoid(d, z)), load_as(d, up + i)), y + row * p.dim + i);
+      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+        const auto z = bundle.load(gate + i);
+        auto out = bundle.load(up + i);
+        for (int j = 0; j < bundle.kCount; ++j) out[j] = hn::Mul(silu(bundle.d, z[j]), out[j]);
+        bundle.store(to, out, y + row * p.dim + i);
       });
     }
     to.finish();
@@ -42,13 +44,16 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
       const int64_t out = row * p.dim;
-      for_lanes<Acc<T>>(p.dim, [&](auto d, int64_t i) HWY_ATTR {
-        const auto z = load_as(d, gate + i), g = load_as(d, dy + out + i);
-        const auto one = hn::Set(d, 1);
-        const auto s = sigmoid(d, z);
-        const auto silu = hn::Mul(z, s), slope = hn::MulAdd(silu, hn::Sub(one, s), s);
-        to_gate.store(d, hn::Mul(hn::Mul(g, load_as(d, up + i)), slope), dgate + out + i);
-        to_up.store(d, hn::Mul(g, silu), dup + out + i);
+      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+        const auto g = bundle.load(dy + out + i);
+        auto z = bundle.load(gate + i), u = bundle.load(up + i);
+        for (int j = 0; j < bundle.kCount; ++j) {
+          const auto act = silu_and_slope(bundle.d, z[j]);
+          z[j] = hn::Mul(hn::Mul(g[j], u[j]), act.slope);
+          u[j] = hn::Mul(g[j], act.value);
+        }
+        bundle.store(to_gate, z, dgate + out + i);
+        bundle.store(to_up, u, dup + out + i);
       });
     }
     to_gate.finish();
