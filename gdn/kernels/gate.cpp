@@ -55,64 +55,93 @@ void gate_forward_t(const GateParams& p, Acc<T>* g) {
   });
 }
 
+// What the blocks of backward share.
+template <typename T>
+struct GateBackwardCall {
+  const GateParams& p;
+  const GateGrads& grads;
+  const Acc<T>* rate;  // [dim]
+  Output to;
+};
+
+// Rows [first, first + kRows), whose sums are loaded and stored once for all of them.
 // decay: da = -rate * sigmoid(x) * dg (without the sigmoid where softplus(x) = x), dA_log = sum dg
 // * g. safe:  with s = sigmoid(rate * x): da = dg * lower_bound * s * (1 - s) * rate, dA_log = sum
 // da * x.
+template <int kRows, typename T>
+HWY_INLINE void gate_backward_rows(const GateBackwardCall<T>& call, int64_t first, Acc<T>* sum_log,
+                                   Acc<T>* sum_bias) {
+  using A = Acc<T>;
+  const GateParams& p = call.p;
+  const int64_t dim = p.heads * p.channels;
+  const A* dt_bias = static_cast<const A*>(p.dt_bias);
+  const A* dg = static_cast<const A*>(call.grads.dg) + first * dim;
+  T* da = static_cast<T*>(call.grads.da) + first * dim;
+  const T* a[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    a[k] = static_cast<const T*>(p.a) + p.a_layout.offset(first + k, dim);
+  }
+  for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
+    const auto r = hn::LoadU(d, call.rate + i), one = hn::Set(d, 1);
+    const auto bias = dt_bias == nullptr ? hn::Zero(d) : hn::LoadU(d, dt_bias + i);
+    auto log = hn::LoadU(d, sum_log + i), of_bias = hn::LoadU(d, sum_bias + i);
+    for (int k = 0; k < kRows; ++k) {
+      const auto x = hn::Add(load_as(d, a[k] + i), bias);
+      auto dx = hn::LoadU(d, dg + k * dim + i), dlog = dx;
+      if (p.lower_bound.has_value()) {
+        const auto s = sigmoid(d, hn::Mul(r, x));
+        const auto slope =
+            hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), hn::Mul(s, hn::Sub(one, s)));
+        dx = hn::Mul(hn::Mul(dx, slope), r);
+        log = hn::MulAdd(dx, x, log);
+      } else {
+        const auto soft = softplus_and_slope(d, x);
+        dlog = hn::Neg(hn::Mul(dlog, r));
+        dx = hn::Mul(dlog, soft.slope);
+        log = hn::MulAdd(dlog, soft.value, log);
+      }
+      call.to.store(d, dx, da + k * dim + i);
+      of_bias = hn::Add(dx, of_bias);
+    }
+    hn::StoreU(log, d, sum_log + i);
+    hn::StoreU(of_bias, d, sum_bias + i);
+  });
+}
+
 template <typename T>
 void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   using A = Acc<T>;
+  constexpr int kRows = 4;
   const int64_t dim = p.heads * p.channels;
   const PageVector<A> rates = channel_rates<A>(p);
-  const A* rate = rates.data();
-  const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const RowBlocks blocks(p.rows, row_grain(4 * dim));
   PageVector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
   const int64_t element = 2 * sizeof(T) + sizeof(A);
-  const Output to(p.rows * dim * element, grads.da, dim * static_cast<int64_t>(sizeof(T)));
+  const GateBackwardCall<T> call = {
+      p, grads, rates.data(),
+      Output(p.rows * dim * element, grads.da, dim * static_cast<int64_t>(sizeof(T)))};
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
     for (int64_t block = first; block < last; ++block) {
       A* sum_log = partial.data() + block * 2 * dim;
-      A* sum_bias = sum_log + dim;
-      for (int64_t row = blocks.begin(block); row < blocks.end(block); ++row) {
-        const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
-        const A* dg = static_cast<const A*>(grads.dg) + row * dim;
-        T* da = static_cast<T*>(grads.da) + row * dim;
-        for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
-          auto x = load_as(d, a + i);
-          if (dt_bias != nullptr) x = hn::Add(x, hn::LoadU(d, dt_bias + i));
-          const auto r = hn::LoadU(d, rate + i);
-          const auto one = hn::Set(d, 1);
-          auto dx = hn::LoadU(d, dg + i), dlog = dx;
-          if (p.lower_bound.has_value()) {
-            const auto s = sigmoid(d, hn::Mul(r, x));
-            const auto slope =
-                hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), hn::Mul(s, hn::Sub(one, s)));
-            dx = hn::Mul(hn::Mul(dx, slope), r);
-            dlog = hn::Mul(dx, x);
-          } else {
-            const auto soft = softplus_and_slope(d, x);
-            dlog = hn::Neg(hn::Mul(dlog, r));
-            dx = hn::Mul(dlog, soft.slope);
-            dlog = hn::Mul(dlog, soft.value);
-          }
-          to.store(d, dx, da + i);
-          hn::StoreU(hn::Add(dlog, hn::LoadU(d, sum_log + i)), d, sum_log + i);
-          hn::StoreU(hn::Add(dx, hn::LoadU(d, sum_bias + i)), d, sum_bias + i);
-        });
+      const int64_t end = blocks.end(block);
+      int64_t row = blocks.begin(block);
+      for (; row + kRows <= end; row += kRows) {
+        gate_backward_rows<kRows>(call, row, sum_log, sum_log + dim);
       }
+      for (; row < end; ++row) gate_backward_rows<1>(call, row, sum_log, sum_log + dim);
     }
-    to.finish();
+    call.to.finish();
   });
   A* dA_log = static_cast<A*>(grads.dA_log);
   std::fill(dA_log, dA_log + p.heads, A{0});
-  for (int64_t i = 0; i < dim; ++i) {
-    A log = 0, bias = 0;
-    for (int64_t block = 0; block < blocks.count(); ++block) {
-      log += partial[block * 2 * dim + i];
-      bias += partial[(block * 2 + 1) * dim + i];
-    }
-    dA_log[i / p.channels] += log;
-    if (grads.ddt_bias != nullptr) static_cast<A*>(grads.ddt_bias)[i] = bias;
+  if (blocks.count() == 0) {
+    partial.assign(2 * dim, A{0});
+  }
+  A* sums = partial.data();
+  add_rows_up(sums, blocks.count(), 2 * dim);
+  for (int64_t i = 0; i < dim; ++i) dA_log[i / p.channels] += sums[i];
+  if (grads.ddt_bias != nullptr) {
+    std::copy(sums + dim, sums + 2 * dim, static_cast<A*>(grads.ddt_bias));
   }
 }
 

@@ -6,6 +6,7 @@
 // clang-format on
 #include "gdn/kernels/norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -273,13 +274,11 @@ void backward(const NormParams& p, const NormGrads& grads) {
     call.to_gate.finish();
   });
   if (grads.dweight == nullptr) return;
+  A* dweight = static_cast<A*>(grads.dweight);
+  if (p.rows == 0) return static_cast<void>(std::fill(dweight, dweight + p.dim, A{0}));
+  add_rows_up(partial.data(), blocks.count(), p.dim);
   for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
-    auto sum = bundle.zero();
-    for (int64_t block = 0; block < blocks.count(); ++block) {
-      const auto more = bundle.load_own(partial.data() + block * p.dim + i);
-      for (int j = 0; j < bundle.kCount; ++j) sum[j] = hn::Add(sum[j], more[j]);
-    }
-    bundle.store(Output(), sum, static_cast<A*>(grads.dweight) + i);
+    bundle.store(Output(), bundle.load_own(partial.data() + i), dweight + i);
   });
 }
 

@@ -24,7 +24,7 @@ namespace gdn::short_conv {
 
 // Tokens that a pass over the channels takes at once, so that weights are loaded and inputs are
 // converted for several of them; and channels per task, whose sums stay in L1.
-inline constexpr int64_t kForwardRows = 8, kBackwardRows = 4;
+inline constexpr int kForwardRows = 8, kBackwardRows = 4;
 inline constexpr int64_t kChunk = 512;
 
 // Tokens of one sequence.
@@ -105,7 +105,14 @@ struct Operands {
                                              params.channels, params.width)),
         history(short_conv::channels_last<T>(static_cast<const T*>(params.initial),
                                              params.num_sequences, params.channels, params.width)),
-        zeros(params.channels, T{}) {}
+        zeros(params.channels, T{}) {
+    for (int j = 0; j < width(); ++j) {
+      A* row = weights.data() + j * p.channels;
+      for_bundles<T>(0, p.channels, [&](auto bundle, int64_t c) HWY_ATTR {
+        bundle.store_own(bundle.load(row + c), row + c);
+      });
+    }
+  }
 
   int width() const { return kW == 0 ? p.width : kW; }
 
@@ -120,13 +127,14 @@ struct Operands {
     for (int64_t i = 0; i < width() - 1 + count; ++i) out[i] = row(run, t - (width() - 1) + i);
   }
 
-  template <class D, class V>
-  HWY_INLINE void load_weights(D d, int64_t c, V* w) const {
-    for (int j = 0; j < width(); ++j) w[j] = hn::LoadU(d, weights.data() + j * p.channels + c);
+  // Row j of the weights for vector m of the bundle of channels from c on.
+  template <class Bundle>
+  HWY_INLINE auto weights_at(Bundle bundle, int j, int64_t c, int m) const {
+    return hn::LoadU(bundle.d, weights.data() + j * p.channels + c + m * hn::Lanes(bundle.d));
   }
-  template <class D>
-  HWY_INLINE hn::Vec<D> bias_at(D d, int64_t c) const {
-    return bias == nullptr ? hn::Zero(d) : hn::LoadU(d, bias + c);
+  template <class Bundle>
+  HWY_INLINE typename Bundle::Vectors bias_at(Bundle bundle, int64_t c) const {
+    return bias == nullptr ? bundle.zero() : bundle.load(bias + c);
   }
   template <class V>
   HWY_INLINE V convolve(V sum, const V* w, const V* x) const {
@@ -135,32 +143,41 @@ struct Operands {
   }
   const ShortConvParams& p;
   const A* bias;                // [C] or null
-  const PageVector<A> weights;  // [W, C]
+  PageVector<A> weights;        // [W, C], rows in the order of T's bundles
   const PageVector<T> history;  // [N, W, C] or empty
   const PageVector<T> zeros;    // [C]
 };
 
-// kCount tokens from t on, for channels [first, last). All inputs of a vector of channels are
+// kCount tokens from t on, for channels [first, last). All inputs of a bundle of channels are
 // loaded before its results are stored: rows are often a multiple of 4 KiB apart, and then a load
 // waits for an earlier store to another row, because the lower bits of their addresses are the
 // same.
-template <int64_t kCount, typename T, int kW>
+template <int kCount, typename T, int kW>
 void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_t first,
                     int64_t last, T* y) {
-  using A = Acc<T>;
   const ShortConvParams& p = in.p;
   const T* rows[kMaxConvWidth + kCount];
   in.rows(run, t, kCount, rows);
-  for_lanes<A>(last - first, [&](auto d, int64_t i) HWY_ATTR {
-    const int64_t c = first + i;
-    hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
-    in.load_weights(d, c, w);
-    const auto bias = in.bias_at(d, c);
-    for (int64_t r = 0; r < in.width() - 1 + kCount; ++r) x[r] = load_as(d, rows[r] + c);
-    for (int64_t r = 0; r < kCount; ++r) {
-      auto v = in.convolve(bias, w, x + r);
-      if (p.silu) v = silu(d, v);
-      store_as(d, v, y + (t + r) * p.channels + c);
+  for_bundles<T>(first, last, [&](auto bundle, int64_t c) HWY_ATTR {
+    const int width = in.width();  // a constant, which a captured one would not be
+    const auto d = bundle.d;
+    const auto bias = in.bias_at(bundle, c);
+    typename decltype(bundle)::Vectors out[kCount];
+    GDN_UNROLL
+    for (int m = 0; m < bundle.kCount; ++m) {
+      hn::Vec<decltype(bundle.d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
+      for (int j = 0; j < width; ++j) w[j] = in.weights_at(bundle, j, c, m);
+      for (int r = 0; r < width - 1 + kCount; ++r) x[r] = bundle.load_part(rows[r] + c, m);
+      GDN_UNROLL
+      for (int r = 0; r < kCount; ++r) out[r][m] = in.convolve(bias[m], w, x + r);
+      if (p.silu) {
+        GDN_UNROLL
+        for (int r = 0; r < kCount; ++r) out[r][m] = silu(d, out[r][m]);
+      }
+    }
+    GDN_UNROLL
+    for (int r = 0; r < kCount; ++r) {
+      bundle.store(Output(), out[r], y + (t + r) * p.channels + c);
     }
   });
 }
@@ -205,16 +222,22 @@ struct BackwardGroup {
     first = first_channel;
     last = last_channel;
     const int width = in.width();
-    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
+    for_each_bundle([&](auto bundle, int64_t c, A* own) HWY_ATTR {
+      const int64_t n = bundle.size();
       for (int j = 0; j < width; ++j) {
-        hn::StoreU(hn::LoadU(d, in.weights.data() + j * in.p.channels + c), d, own + j * n);
+        for (int m = 0; m < bundle.kCount; ++m) {
+          const int64_t at = m * static_cast<int64_t>(hn::Lanes(bundle.d));
+          hn::StoreU(in.weights_at(bundle, j, c, m), bundle.d, own + j * n + at);
+        }
       }
-      for (int j = width; j <= 2 * width; ++j) hn::StoreU(hn::Zero(d), d, own + j * n);
+      for (int j = width; j <= 2 * width; ++j) bundle.store_own(bundle.zero(), own + j * n);
     });
     for (const Run& each : runs) {
       tokens = each;
-      for_each_vector([&](auto d, int64_t, A* own, int64_t n) HWY_ATTR {
-        for (int j = 2 * width + 1; j < 3 * width; ++j) hn::StoreU(hn::Zero(d), d, own + j * n);
+      for_each_bundle([&](auto bundle, int64_t, A* own) HWY_ATTR {
+        for (int j = 2 * width + 1; j < 3 * width; ++j) {
+          bundle.store_own(bundle.zero(), own + j * bundle.size());
+        }
       });
       const auto [begin, end] = tokens.tokens;
       add<Add::kAll>(begin, end);
@@ -223,19 +246,20 @@ struct BackwardGroup {
       add<Add::kInputs>(end, there);
       add<Add::kNothing>(there, needed);
     }
-    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
+    for_each_bundle([&](auto bundle, int64_t c, A* own) HWY_ATTR {
       for (int j = 0; j <= width; ++j) {
-        hn::StoreU(hn::LoadU(d, own + (width + j) * n), d, sums + j * in.p.channels + c);
+        bundle.store(Output(), bundle.load_own(own + (width + j) * bundle.size()),
+                     sums + j * in.p.channels + c);
       }
     });
   }
 
  private:
-  // Calls f(d, channel, what the vector carries, its lanes).
+  // Calls f(bundle, channel, what the bundle carries).
   template <class F>
-  HWY_INLINE void for_each_vector(const F& f) {
-    for_lanes<A>(last - first, [&](auto d, int64_t i) HWY_ATTR {
-      f(d, first + i, carried.data() + i * 3 * in.width(), static_cast<int64_t>(hn::Lanes(d)));
+  HWY_INLINE void for_each_bundle(const F& f) {
+    for_bundles<T>(first, last, [&](auto bundle, int64_t c) HWY_ATTR {
+      f(bundle, c, carried.data() + (c - first) * 3 * in.width());
     });
   }
 
@@ -247,7 +271,7 @@ struct BackwardGroup {
     for (; t < end; ++t) step<kAdd, 1>(t);
   }
 
-  template <Add kAdd, int64_t kCount>
+  template <Add kAdd, int kCount>
   void step(int64_t t) {
     const ShortConvParams& p = in.p;
     const int64_t channels = p.channels;
@@ -269,50 +293,75 @@ struct BackwardGroup {
                           ? d_final + (tokens.n * width + column) * channels
                           : nullptr;
     }
-    const bool silu = p.silu;
-    for_each_vector([&](auto d, int64_t c, A* own, int64_t n) HWY_ATTR {
-      hn::Vec<decltype(d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount], e[kMaxConvWidth + kCount];
-      A *dweight = own + width * n, *before_e = own + (2 * width + 1) * n;
-      for (int j = 0; j < width; ++j) w[j] = hn::LoadU(d, own + j * n);
-      for (int j = 0; j + 1 < width; ++j) e[j] = hn::LoadU(d, before_e + j * n);
-      auto* now = e + (width - 1);
-      if constexpr (kAdd == Add::kNothing) {
-        for (int64_t r = 0; r < kCount; ++r) now[r] = hn::Zero(d);
-      } else {
-        for (int64_t r = 0; r < width - 1 + kCount; ++r) x[r] = load_as(d, rows[r] + c);
-        for (int64_t r = 0; r < kCount; ++r) now[r] = load_as(d, dy[r] + c);
-        for (int64_t r = 0; r < kCount; ++r) {  // what the next step reads, to L2
+    for_each_bundle([&](auto bundle, int64_t c, A* carried_here) HWY_ATTR {
+      const int width = in.width();  // a constant, which a captured one would not be
+      const auto d = bundle.d;
+      using V = hn::Vec<decltype(bundle.d)>;
+      const int64_t n = bundle.size();
+      const auto bias = in.bias_at(bundle, c);
+      typename decltype(bundle)::Vectors out[kCount];
+      if constexpr (kAdd != Add::kNothing) {
+        GDN_UNROLL
+        for (int r = 0; r < kCount; ++r) {  // what the next step reads, to L2
           __builtin_prefetch(rows[width - 1 + r] + kCount * short_conv::row_stride(p) + c, 0, 2);
           __builtin_prefetch(dy[r] + kCount * channels + c, 0, 2);
         }
-        const auto bias = in.bias_at(d, c);
-        for (int64_t r = 0; silu && r < kCount; ++r) {
-          const auto pre = in.convolve(bias, w, x + r);
-          const auto s = sigmoid(d, pre), rest = hn::Sub(hn::Set(d, 1), s);
-          now[r] = hn::Mul(now[r], hn::MulAdd(hn::Mul(pre, s), rest, s));
-        }
       }
-      if constexpr (kAdd == Add::kAll) {
-        for (int j = 0; j < width; ++j) {
-          auto dw = hn::LoadU(d, dweight + j * n);
-          for (int64_t r = 0; r < kCount; ++r) dw = hn::MulAdd(now[r], x[r + j], dw);
-          hn::StoreU(dw, d, dweight + j * n);
+      GDN_UNROLL
+      for (int m = 0; m < bundle.kCount; ++m) {  // one vector's weights and window fit registers
+        V w[kMaxConvWidth], x[kMaxConvWidth + kCount], e[kMaxConvWidth + kCount];
+        A* own = carried_here + m * static_cast<int64_t>(hn::Lanes(d));
+        A *dweight = own + width * n, *before_e = own + (2 * width + 1) * n;
+        for (int j = 0; j < width; ++j) w[j] = hn::LoadU(d, own + j * n);
+        for (int j = 0; j + 1 < width; ++j) e[j] = hn::LoadU(d, before_e + j * n);
+        auto* now = e + (width - 1);
+        if constexpr (kAdd == Add::kNothing) {
+          GDN_UNROLL
+          for (int r = 0; r < kCount; ++r) now[r] = hn::Zero(d);
+        } else {
+          for (int64_t r = 0; r < width - 1 + kCount; ++r) x[r] = bundle.load_part(rows[r] + c, m);
+          GDN_UNROLL
+          for (int r = 0; r < kCount; ++r) now[r] = bundle.load_part(dy[r] + c, m);
+          if (p.silu) {
+            GDN_UNROLL
+            for (int r = 0; r < kCount; ++r) {
+              const V pre = in.convolve(bias[m], w, x + r);
+              now[r] = hn::Mul(now[r], silu_and_slope(d, pre).slope);
+            }
+          }
         }
-        auto db = hn::LoadU(d, dweight + width * n);
-        for (int64_t r = 0; r < kCount; ++r) db = hn::Add(db, now[r]);
-        hn::StoreU(db, d, dweight + width * n);
+        if constexpr (kAdd == Add::kAll) {
+          for (int j = 0; j < width; ++j) {
+            auto dw = hn::LoadU(d, dweight + j * n);
+            GDN_UNROLL
+            for (int r = 0; r < kCount; ++r) dw = hn::MulAdd(now[r], x[r + j], dw);
+            hn::StoreU(dw, d, dweight + j * n);
+          }
+          auto db = hn::LoadU(d, dweight + width * n);
+          GDN_UNROLL
+          for (int r = 0; r < kCount; ++r) db = hn::Add(db, now[r]);
+          hn::StoreU(db, d, dweight + width * n);
+        }
+        GDN_UNROLL
+        for (int r = 0; r < kCount; ++r) {
+          auto v = hn::Mul(w[0], now[r]);
+          for (int j = 1; j < width; ++j) v = hn::MulAdd(w[j], e[r + width - 1 - j], v);
+          out[r][m] = v;
+        }
+        for (int j = 0; j + 1 < width; ++j) hn::StoreU(e[kCount + j], d, before_e + j * n);
       }
-      for (int64_t r = 0; r < kCount; ++r) {
-        auto v = hn::Mul(w[0], now[r]);
-        for (int j = 1; j < width; ++j) v = hn::MulAdd(w[j], e[r + width - 1 - j], v);
+      GDN_UNROLL
+      for (int r = 0; r < kCount; ++r) {
         if (dx[r] != nullptr) {
-          if (from_final[r] != nullptr) v = hn::Add(v, hn::LoadU(d, from_final[r] + c));
-          store_as(d, v, dx[r] + c);
+          if (from_final[r] != nullptr) {
+            const auto more = bundle.load(from_final[r] + c);
+            for (int m = 0; m < bundle.kCount; ++m) out[r][m] = hn::Add(out[r][m], more[m]);
+          }
+          bundle.store(Output(), out[r], dx[r] + c);
         } else if (before[r] != nullptr) {
-          hn::StoreU(v, d, before[r] + c);
+          bundle.store(Output(), out[r], before[r] + c);
         }
       }
-      for (int j = 0; j + 1 < width; ++j) hn::StoreU(e[kCount + j], d, before_e + j * n);
     });
   }
 
@@ -348,17 +397,13 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   });
   A* dweight = static_cast<A*>(g.dweight);
   A* dbias = static_cast<A*>(g.dbias);
+  if (partial.empty()) partial.assign(num_sums, A{0});
+  add_rows_up(partial.data(), groups.count(), num_sums);
   for (int64_t c = 0; c < channels; ++c) {
-    for (int j = 0; j <= p.width; ++j) {
-      A total = 0;
-      for (int64_t group = 0; group < groups.count(); ++group)
-        total += partial[group * num_sums + j * channels + c];
-      if (j < p.width) {
-        dweight[c * p.width + j] = total;
-      } else if (dbias != nullptr) {
-        dbias[c] = total;
-      }
-    }
+    for (int j = 0; j < p.width; ++j) dweight[c * p.width + j] = partial[j * channels + c];
+  }
+  if (dbias != nullptr) {
+    std::copy_n(partial.data() + p.width * channels, channels, dbias);
   }
   if (g.d_initial == nullptr) return;
   for (int64_t n = 0; n < p.num_sequences; ++n) {

@@ -19,6 +19,15 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
+// Before a loop over registers, which must not stay a loop.
+#ifndef GDN_UNROLL
+#ifdef __clang__
+#define GDN_UNROLL _Pragma("unroll")
+#else
+#define GDN_UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
@@ -211,6 +220,11 @@ struct Bundle {
     }
     return x;
   }
+  // Vector j of what load() gives.
+  template <typename T>
+  HWY_INLINE hn::Vec<D> load_part(const T* p, int j) const {
+    return load(p)[j];
+  }
   template <typename T>
   HWY_INLINE void store(const Output& to, const Vectors& x, T* p) const {
     if constexpr (kN == 1) {
@@ -317,6 +331,17 @@ HWY_INLINE std::array<Acc<T>, kSums> sum_bundles(int64_t n, F&& f) {
     out[s] = hn::GetLane(hn::SumOfLanes(d, totals[s])) + hn::GetLane(tail[s][0]);
   }
   return out;
+}
+
+// Adds rows [count, n] up into the first of them, in their order.
+template <typename A>
+HWY_INLINE void add_rows_up(A* rows, int64_t count, int64_t n) {
+  for (int64_t row = 1; row < count; ++row) {
+    const A* more = rows + row * n;
+    for_lanes<A>(n, [&](auto d, int64_t i) HWY_ATTR {
+      hn::StoreU(hn::Add(hn::LoadU(d, rows + i), hn::LoadU(d, more + i)), d, rows + i);
+    });
+  }
 }
 
 // A row of weights beside rows of T, in the order of their lanes. Null stays null.
