@@ -298,7 +298,8 @@ def goal_rows(f: Figures):
         yield f"{name}, all threads: times plain PyTorch", "at least 3x", figure, verdict(times, 3, True)
     for key, goal, what, form in (
         ("of_ceiling", 0.8, "of what memory or exp allow", "{:.0f} %"),
-        ("of memory or arithmetic", 0.8, "of what memory or all arithmetic allow", "{:.0f} %"),
+        ("of memory or multipliers", 0.8, "of what memory or the multipliers allow", "{:.0f} %"),
+        ("of memory or own", 0.8, "of what memory or their own instructions allow", "{:.0f} %"),
         ("torch/ours", 2, "times the torch composition", "{:.1f}x"),
     ):
         rows = [row for row in f.result["parts"].get("ops", {}).get("rows", []) if row["name"].startswith(SMALL)]
@@ -339,12 +340,20 @@ def small_kernels(f: Figures) -> str:
                     pair("ms", 1, "{:.2f}"),
                     pair("of_ceiling", 100, "{:.0f} %"),
                     row["bound by"],
-                    pair("of memory or arithmetic", 100, "{:.0f} %"),
+                    pair("of memory or multipliers", 100, "{:.0f} %"),
+                    pair("of memory or own", 100, "{:.0f} %"),
                     pair("torch/ours", 1, "{:.1f}x"),
                 ]
             )
-    arithmetic = "of what memory or all arithmetic allows"
-    header = ["kernel", "ms", "of what memory or exp allows", "bound", arithmetic, "times the torch composition"]
+    header = [
+        "kernel",
+        "ms",
+        "of what memory or exp allows",
+        "bound",
+        "of what memory or the multipliers allow",
+        "of what memory or its own instructions allow",
+        "times the torch composition",
+    ]
     return table(header, rows)
 
 

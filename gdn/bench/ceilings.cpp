@@ -198,6 +198,51 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_work(int64_t rounds) {
   return 4.0 * 16 * kSums * static_cast<double>(rounds);
 }
 
+// Eight times the instructions `a 0 b`, with the number of a register in place of 0: they depend on
+// themselves of the round before, if on anything. Register 15 holds ones.
+#define GDN_EIGHT(a, b) a "0" b a "1" b a "2" b a "3" b a "4" b a "5" b a "6" b a "7" b
+#define GDN_UNIT(name, a, b)                                                                     \
+  {                                                                                              \
+    name, [](int64_t rounds) {                                                                   \
+      alignas(64) float ones[16];                                                                \
+      std::fill(ones, ones + 16, 1.0f);                                                          \
+      for (int64_t r = 0; r < rounds; ++r) {                                                     \
+        asm volatile("vmovaps (%0), %%zmm15\n" GDN_EIGHT(a, b) GDN_EIGHT(a, b) GDN_EIGHT(a, b)   \
+                         GDN_EIGHT(a, b)::"r"(ones)                                              \
+                     : "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", \
+                       "xmm14", "xmm15");                                                        \
+      }                                                                                          \
+      return 32.0 * static_cast<double>(rounds);                                                 \
+    }                                                                                            \
+  }
+#define GDN_FMA "vfmadd213ps %%zmm15, %%zmm15, %%zmm"
+#define GDN_ADD "vaddps %%zmm15, %%zmm15, %%zmm14\n"
+#define GDN_ROUND "vcvtne2ps2bf16 %%zmm15, %%zmm15, %%zmm"
+using UnitWork = double (*)(int64_t rounds);
+const std::pair<const char*, UnitWork> kUnits[] = {
+    GDN_UNIT("multiply-add", GDN_FMA, "\n"),
+    GDN_UNIT("addition", "vaddps %%zmm15, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("multiply-add and addition", GDN_ADD GDN_FMA, "\n"),
+    GDN_UNIT("addition and maximum", GDN_ADD "vmaxps %%zmm15, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("addition and shift", GDN_ADD "vpslld $16, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("logic", "vpandd %%zmm15, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("permutation", "vpermps %%zmm15, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("division", "vdivps %%zmm15, %%zmm15, %%zmm", "\n"),
+    GDN_UNIT("division and eight multiply-adds",
+             "vdivps %%zmm15, %%zmm15, %%zmm14\n" GDN_EIGHT(GDN_FMA, "\n") "# ", "\n"),
+    GDN_UNIT("rounding of 32 to bf16", GDN_ROUND, "\n"),
+    GDN_UNIT("rounding of 32 to bf16 and addition", GDN_ADD GDN_ROUND, "\n"),
+    GDN_UNIT("rounding of 32 to bf16 and multiply-add",
+             "vcvtne2ps2bf16 %%zmm15, %%zmm15, %%zmm14\n" GDN_FMA, "\n"),
+    GDN_UNIT("load", "vmovaps (%0), %%zmm", "\n"),
+    GDN_UNIT("store", "vmovaps %%zmm15, (%0) # ", "\n"),
+};
+#undef GDN_ROUND
+#undef GDN_ADD
+#undef GDN_FMA
+#undef GDN_UNIT
+#undef GDN_EIGHT
+
 __attribute__((target("amx-tile,amx-bf16"))) double amx_work(const PairKernels& amx,
                                                              int64_t rounds) {
   amx.begin();
@@ -283,6 +328,21 @@ std::optional<double> amx_gflops(int threads) {
 #endif
   static_cast<void>(threads);
   return std::nullopt;
+}
+
+std::vector<std::pair<std::string, double>> unit_rates(int threads) {
+  std::vector<std::pair<std::string, double>> rates;
+#if GDN_BENCH_X86
+  if (find_pair_kernels("avx512") == nullptr) return rates;
+  for (const auto& [name, work] : kUnits) {
+    const UnitWork run = work;
+    rates.emplace_back(name, 1e-9 * best_rate(threads, [run] {
+                               return [run](int64_t rounds) { return run(rounds * 100); };
+                             }));
+  }
+#endif
+  static_cast<void>(threads);
+  return rates;
 }
 
 double small_gemm_gflops(int threads, int64_t m, int64_t n, int64_t k, int64_t batch) {

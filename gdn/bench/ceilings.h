@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace gdn::bench {
@@ -23,6 +24,10 @@ std::optional<double> avx2_fma_gflops(int threads);
 // where the CPU or the kernel lacks it.
 std::optional<double> bf16_gflops(int threads);
 std::optional<double> amx_gflops(int threads);
+
+// What AVX-512's units take, by the names of the instructions: 1e9 of them per second, or 1e9
+// groups where several are named. Empty where the CPU lacks AVX-512 or AVX512_BF16.
+std::vector<std::pair<std::string, double>> unit_rates(int threads);
 
 // C[m,n] += A[m,k] B[k,n] in fp32 over `batch` different operands per thread, by the micro-kernel
 // of the chunk kernels: few operands stay in L1, more in L2.

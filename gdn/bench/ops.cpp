@@ -24,6 +24,7 @@
 #include "gdn/base/check.h"
 #include "gdn/bench/ceilings.h"
 #include "gdn/bench/report.h"
+#include "gdn/bench/small_kernels.h"
 #include "gdn/ops/cross_entropy.h"
 #include "gdn/ops/delta_rule.h"
 #include "gdn/ops/gate.h"
@@ -184,14 +185,15 @@ void bench_linear(Report& report, Ceilings& ceilings, const Options& options, in
 // One kernel: ours and torch's composition of the same, and what they have to do at least.
 struct Small {
   std::string name;
+  SmallKernel kernel;
   Tensors inputs;         // all differentiable ones first
   size_t differentiable;  // how many
   std::function<Tensor(const Tensors&)> ours, torch;
   // Bytes per call that must come from and go to memory, and exponentials.
   int64_t read, written, read_backward, written_backward;
   double exps, exps_backward;
-  // Multiplications and multiply-adds per call beside the exponentials, which take the same units;
-  // an inverse counts as three.
+  // What occupies the multipliers, per call: multiplications and multiply-adds, those of
+  // exponentials and logarithms included, comparisons, and divisions as two.
   double products, products_backward;
 };
 
@@ -202,24 +204,30 @@ void bench_small(Report& report, Ceilings& ceilings, const Options& options, int
   const auto set_grad = [&](bool on) {
     for (size_t i = 0; i < small.differentiable; ++i) inputs[i].set_requires_grad(on);
   };
+  const SmallKernelTimes in_cache = in_l1(
+      small.kernel, inputs[0].scalar_type() == at::kFloat ? DType::kF32 : DType::kBF16, threads);
+  const double per_thread = static_cast<double>(inputs[0].numel()) / threads;
   const auto add = [&](const std::string& what, double seconds, double torch_seconds, int64_t read,
-                       int64_t written, double exps, double products) {
+                       int64_t written, double exps, double products, double per_element) {
     const double memory = ceilings.memory_seconds(read, written);
     const double exp = 1e-9 * exps / ceilings.exp(), least = std::max(memory, exp);
-    const double arithmetic = exp + 2e-9 * products / ceilings.fma();
+    const double multipliers = 2e-9 * products / ceilings.fma(), own = per_element * per_thread;
     const double bytes = 1e-9 * static_cast<double>(read + written);
     Row row{small.name + what, threads, seconds, bytes / seconds, "GB/s"};
     row.ceiling = bytes / least;
     row.extra = {{"torch/ours", torch_seconds / seconds},
                  {"bound by", memory >= least ? "memory" : "exp"},
-                 {"of memory or arithmetic", std::max(memory, arithmetic) / seconds}};
+                 {"of memory or multipliers", std::max(memory, multipliers) / seconds},
+                 {"of memory or own", std::max(memory, own) / seconds},
+                 {"in L1 ms", 1e3 * own}};
     report.add(row);
   };
   set_grad(false);
   const std::vector<double> forward = median_seconds(
       std::vector<std::function<void()>>{[&] { small.ours(inputs); }, [&] { small.torch(inputs); }},
       options.seconds, /*warm=*/true);
-  add(" forward", forward[0], forward[1], small.read, small.written, small.exps, small.products);
+  add(" forward", forward[0], forward[1], small.read, small.written, small.exps, small.products,
+      in_cache.forward);
   set_grad(true);
   const Tensors wanted(inputs.begin(), inputs.begin() + static_cast<long>(small.differentiable));
   const Tensor ours = small.ours(inputs), torch = small.torch(inputs);
@@ -231,7 +239,7 @@ void bench_small(Report& report, Ceilings& ceilings, const Options& options, int
       std::vector<std::function<void()>>{[&] { backward(ours); }, [&] { backward(torch); }},
       options.seconds, /*warm=*/true);
   add(" backward", back[0], back[1], small.read_backward, small.written_backward,
-      small.exps_backward, small.products_backward);
+      small.exps_backward, small.products_backward, in_cache.backward);
 }
 
 std::vector<Small> small_kernels(at::ScalarType dtype) {
@@ -248,6 +256,7 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
   };
   std::vector<Small> list;
   list.push_back({"short conv W=4 + SiLU" + suffix,
+                  SmallKernel::kShortConv,
                   {x, normal({kWidth, 4}).to(at::kFloat)},
                   2,
                   [](const Tensors& t) {
@@ -268,9 +277,10 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   bytes,
                   elements,
                   elements,
-                  8 * elements,
-                  18 * elements});
+                  12 * elements,
+                  23 * elements});
   list.push_back({"RMS norm" + suffix,
+                  SmallKernel::kRmsNorm,
                   {x, at::ones({kWidth})},
                   2,
                   [](const Tensors& t) { return ops::rms_norm(t[0], t[1]); },
@@ -282,8 +292,9 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   0,
                   0,
                   3 * elements,
-                  8 * elements});
+                  7 * elements});
   list.push_back({"gated RMS norm of heads" + suffix,
+                  SmallKernel::kGatedNorm,
                   {x.view(heads), at::ones({kHead}), z.view(heads)},
                   3,
                   [](const Tensors& t) { return ops::rms_norm_gated(t[0], t[1], t[2]); },
@@ -294,10 +305,11 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   2 * bytes,
                   elements,
                   elements,
-                  8 * elements,
-                  17 * elements});
+                  12 * elements,
+                  22 * elements});
   list.push_back(
       {"L2 norm of heads" + suffix,
+       SmallKernel::kL2Norm,
        {x.view(heads)},
        1,
        [](const Tensors& t) { return ops::l2norm(t[0]); },
@@ -311,6 +323,7 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
        2 * elements,
        4 * elements});
   list.push_back({"SwiGLU" + suffix,
+                  SmallKernel::kSwiglu,
                   {x, z},
                   2,
                   [](const Tensors& t) { return ops::swiglu(t[0], t[1]); },
@@ -321,11 +334,12 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   2 * bytes,
                   elements,
                   elements,
-                  5 * elements,
-                  8 * elements});
+                  9 * elements,
+                  13 * elements});
   // The gates' results are always fp32; softplus takes a logarithm beside the exponential.
   const int64_t gate_bytes = n * 4;
   list.push_back({"channel gate" + suffix,
+                  SmallKernel::kGate,
                   {x.view(heads), at::zeros({kWidth / kHead}), at::zeros({kWidth})},
                   3,
                   [](const Tensors& t) { return ops::kda_gate(t[0], t[1], t[2]); },
@@ -340,11 +354,12 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   bytes,
                   2 * elements,
                   3 * elements,
-                  elements,
-                  6 * elements});
+                  12 * elements,
+                  17 * elements});
   const int64_t logits = kRows * kVocab,
                 logit_bytes = logits * static_cast<int64_t>(c10::elementSize(dtype));
   list.push_back({"cross-entropy of 8192" + suffix,
+                  SmallKernel::kCrossEntropy,
                   {normal({kRows, kVocab}), at::randint(kVocab, {kRows}, at::kLong)},
                   1,
                   [](const Tensors& t) { return std::get<0>(ops::cross_entropy(t[0], t[1])); },
@@ -357,8 +372,8 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   logit_bytes,
                   static_cast<double>(logits),
                   static_cast<double>(logits),
-                  0,
-                  static_cast<double>(logits)});
+                  7 * static_cast<double>(logits),
+                  8 * static_cast<double>(logits)});
   return list;
 }
 

@@ -177,6 +177,9 @@ int run_ceilings(const Options& options) {
       }
     }
     add("exp, fp32, in L1", t, exp_grate(t), "Gexp/s");
+    if (n == options.threads.front()) {
+      for (const auto& [name, rate] : unit_rates(t)) add("512 bits: " + name, t, rate, "G/s");
+    }
     report.heading("memory, bytes in all");
     for (const int64_t kib :
          {32 * n, 512 * n, int64_t{4096}, int64_t{16384}, int64_t{65536}, int64_t{262144}}) {

@@ -30,32 +30,38 @@ struct LogSum {
     for (V& s : sums) s = hn::Zero(d);
   }
 
-  // Takes numbers as long as there are whole vectors, and returns how many.
-  template <typename T>
-  int64_t add(const T* x, int64_t n) {
-    const int64_t lanes = hn::Lanes(d), whole = n / lanes * lanes;
+  // Takes numbers as long as there are whole bundles, and returns how many.
+  template <class Bundle, typename T>
+  int64_t add(Bundle bundle, const T* x, int64_t n) {
+    constexpr int kAtOnce = 2 / Bundle::kCount;  // two vectors in all
+    const int64_t size = bundle.size(), whole = n / size * size;
     for (int64_t begin = 0; begin < whole; begin += kBlock) {
       const int64_t end = std::min(whole, begin + kBlock);
-      V m0 = largest, m1 = largest;
+      V most[2] = {largest, largest};
+      const auto compare = [&](int64_t i, int u) HWY_ATTR {
+        const auto v = bundle.load(x + i);
+        for (int j = 0; j < bundle.kCount; ++j) most[u + j] = hn::Max(most[u + j], v[j]);
+      };
       int64_t i = begin;
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        m0 = hn::Max(m0, load_as(d, x + i));
-        m1 = hn::Max(m1, load_as(d, x + i + lanes));
+      for (; i + kAtOnce * size <= end; i += kAtOnce * size) {
+        for (int u = 0; u < kAtOnce; ++u) compare(i + u * size, u);
       }
-      if (i < end) m0 = hn::Max(m0, load_as(d, x + i));
-      const V now = hn::Max(m0, m1), scale = exp_of(d, hn::Sub(largest, now));
+      if (i < end) compare(i, 0);
+      const V now = hn::Max(most[0], most[1]), scale = exp_of(d, hn::Sub(largest, now));
       for (V& s : sums) s = hn::Mul(s, scale);
       largest = now;
-      const auto term = [&](int64_t k) HWY_ATTR {
-        __builtin_prefetch(x + k + kBlock);
-        return exp_of(d, hn::Sub(load_as(d, x + k), now));
+      const auto sum = [&](int64_t i, int u) HWY_ATTR {
+        __builtin_prefetch(x + i + kBlock);
+        const auto v = bundle.load(x + i);
+        for (int j = 0; j < bundle.kCount; ++j) {
+          sums[u + j] = hn::Add(sums[u + j], exp_of(d, hn::Sub(v[j], now)));
+        }
       };
       i = begin;
-      for (; i + 2 * lanes <= end; i += 2 * lanes) {
-        sums[0] = hn::Add(sums[0], term(i));
-        sums[1] = hn::Add(sums[1], term(i + lanes));
+      for (; i + kAtOnce * size <= end; i += kAtOnce * size) {
+        for (int u = 0; u < kAtOnce; ++u) sum(i + u * size, u);
       }
-      if (i < end) sums[0] = hn::Add(sums[0], term(i));
+      if (i < end) sum(i, 0);
     }
     return whole;
   }
@@ -79,8 +85,8 @@ void forward(const CrossEntropyParams& p, Acc<T>* loss, Acc<T>* logsumexp) {
       const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
       LogSum all(hn::ScalableTag<A>{});
       LogSum rest(hn::CappedTag<A, 1>{});
-      const int64_t done = all.add(x, p.vocab);
-      rest.add(x + done, p.vocab - done);
+      const int64_t done = all.add(WholeBundle<T>(), x, p.vocab);
+      rest.add(Bundle<hn::CappedTag<A, 1>, 1>(), x + done, p.vocab - done);
       const A m = std::max(all.max(), rest.max());
       const A log = std::log(all.sum(m) + rest.sum(m));
       logsumexp[row] = m + log;
@@ -109,9 +115,13 @@ void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>
       const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
       const A lse = logsumexp[row], scale = dloss[row];
       const A at_target = (std::exp(load(x + target) - lse) - 1) * scale;
-      for_lanes<A>(p.vocab, [&](auto d, int64_t i) HWY_ATTR {
-        const auto softmax = exp_of(d, hn::Sub(load_as(d, x + i), hn::Set(d, lse)));
-        to.store(d, hn::Mul(softmax, hn::Set(d, scale)), dx + i);
+      for_bundles<T>(0, p.vocab, [&](auto bundle, int64_t i) HWY_ATTR {
+        const auto d = bundle.d;
+        auto v = bundle.load(x + i);
+        for (int j = 0; j < bundle.kCount; ++j) {
+          v[j] = hn::Mul(exp_of(d, hn::Sub(v[j], hn::Set(d, lse))), hn::Set(d, scale));
+        }
+        bundle.store(to, v, dx + i);
       });
       store(dx + target, at_target);
     }

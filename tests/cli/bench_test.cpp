@@ -11,6 +11,7 @@
 #include "gdn/base/file.h"
 #include "gdn/bench/ceilings.h"
 #include "gdn/bench/profile.h"
+#include "gdn/bench/small_kernels.h"
 #include "tests/cli/support.h"
 
 namespace gdn {
@@ -113,6 +114,9 @@ TEST_F(Bench, OpsTakesAFilterAndComparesWithTorch) {
   for (const json& row : rows) {
     EXPECT_GT(row["torch/ours"].get<double>(), 0);
     EXPECT_GT(row["of_ceiling"].get<double>(), 0);
+    EXPECT_GT(row["of memory or multipliers"].get<double>(), 0);
+    EXPECT_GT(row["of memory or own"].get<double>(), 0);
+    EXPECT_GT(row["in L1 ms"].get<double>(), 0);
   }
   EXPECT_THAT(call({"bench", "ops", "--filter", "no such row", "--threads", "1"}).out,
               HasSubstr("gdn bench ops"));
@@ -157,6 +161,19 @@ TEST(Ceilings, FollowTheHardware) {
   EXPECT_GT(read, 0);
   EXPECT_GT(ceilings.memory_seconds(1 << 16, 1 << 16), read);
   EXPECT_EQ(ceilings.memory_seconds(1 << 16, 0), read);  // measured once
+  for (const auto& [name, rate] : bench::unit_rates(1)) EXPECT_GT(rate, 0) << name;
+}
+
+TEST(SmallKernelsInL1, RunForwardAndBackward) {
+  using bench::SmallKernel;
+  for (const SmallKernel kernel :
+       {SmallKernel::kShortConv, SmallKernel::kRmsNorm, SmallKernel::kGatedNorm,
+        SmallKernel::kL2Norm, SmallKernel::kSwiglu, SmallKernel::kGate,
+        SmallKernel::kCrossEntropy}) {
+    const bench::SmallKernelTimes times = bench::in_l1(kernel, DType::kBF16, 1);
+    EXPECT_GT(times.forward, 0) << static_cast<int>(kernel);
+    EXPECT_GT(times.backward, 0) << static_cast<int>(kernel);
+  }
 }
 
 TEST(Profile, KnowsThePartsOfAStep) {

@@ -91,7 +91,14 @@ TYPED_TEST(NormTest, EqualsTheOracleOnEveryTarget) {
   testing::for_each_target([](const std::string& target) {
     for (const Case& c : kCases) {
       for (const auto& [tokens, dim] :
-           {std::pair{1, 1}, {5, 7}, {11, 60}, {4, 64}, {4, 128}, {90, 200}, {3, 700}}) {
+           {std::pair{1, 1},
+            {5, 7},
+            {11, 60},
+            {4, 64},
+            {4, 128},
+            {3, 83},  // two bundles of 32, a vector and single elements; rows that are left of four
+            {90, 200},
+            {3, 700}}) {  // long rows in pairs, and one that is left
         const Data<T> data(tokens, dim, 7);
         const NormParams p = data.params(c);
         const Results<T> fast = run(p, data.dy);
