@@ -79,20 +79,25 @@ HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const To
   using Row = StepRow<T, S, kVectors>;
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
+  // Unrolled by order: or GCC keeps the sums in memory before and after the loop over rows.
   hn::Vec<Tag<T>> r[kVectors], y[kVectors];
+  HWY_UNROLL(8)
   for (size_t j = 0; j < kVectors; ++j) r[j] = y[j] = hn::Zero(d);
   const T *query = token.query, *erase = token.erase;
   for (size_t i = 0; i < K; ++i) {
     const auto q = hn::Set(d, query[i]), a = hn::Set(d, kErase ? erase[i] : T(0));
+    HWY_UNROLL(8)
     for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
       hn::Vec<Tag<T>> x[Row::kAtOnce];
       Row::load(s + i * ld + j * n, x);
+      HWY_UNROLL(2)
       for (size_t m = 0; m < Row::kAtOnce; ++m) {
         y[j + m] = hn::MulAdd(q, x[m], y[j + m]);
         if constexpr (kErase) r[j + m] = hn::MulAdd(a, x[m], r[j + m]);
       }
     }
   }
+  HWY_UNROLL(8)
   for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
     Row::store_values(r + j, token.r + column + j * n);
     Row::store_values(y + j, token.y + column + j * n);
@@ -107,16 +112,21 @@ HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<
   const Tag<T> d;
   const size_t n = hn::Lanes(d);
   hn::Vec<Tag<T>> u[kVectors], r[kVectors];
+  HWY_UNROLL(8)
   for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
     Row::load_values(token.v + column + j * n, u + j);
     if constexpr (kSeparate) Row::load_values(token.r + column + j * n, r + j);
   }
+  const T *HWY_RESTRICT decays = token.decay, *HWY_RESTRICT keys = token.k;
+  const T* HWY_RESTRICT low_rank = token.p;
   for (size_t i = 0; i < K; ++i) {
-    const auto decay = hn::Set(d, token.decay[i]), k = hn::Set(d, token.k[i]);
-    const auto p = hn::Set(d, kSeparate ? token.p[i] : T(0));
+    const auto decay = hn::Set(d, decays[i]), k = hn::Set(d, keys[i]);
+    const auto p = hn::Set(d, kSeparate ? low_rank[i] : T(0));
+    HWY_UNROLL(8)
     for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
       hn::Vec<Tag<T>> x[Row::kAtOnce];
       Row::load(s + i * ld + j * n, x);
+      HWY_UNROLL(2)
       for (size_t m = 0; m < Row::kAtOnce; ++m) {
         x[m] = hn::MulAdd(k, u[j + m], hn::Mul(decay, x[m]));
         if constexpr (kSeparate) x[m] = hn::MulAdd(p, r[j + m], x[m]);

@@ -39,10 +39,14 @@ struct Token {
     };
     keys(x.q, query);
     keys(x.k, k);
-    if (x.l2norm_qk) {
-      normalize_row(Kp, query);
-      normalize_row(Kp, k);
+    if (delta_rule::has_a(x.erase)) keys(x.a, erase);
+    if (x.erase == DeltaErase::kSeparate) {
+      keys(x.p, p);
+      pq = dot(Kp, p, query);
     }
+    const auto factors = lengths(x.l2norm_qk, Kp);
+    kq *= factors.q * factors.k;
+    pq *= factors.q;
     load_row(x.dtype, x.v, row * x.V, x.V, v);
     std::fill(v + x.V, v + Vp, T(0));
     const T* betas = static_cast<const T*>(x.beta);
@@ -52,31 +56,25 @@ struct Token {
       std::fill_n(beta, x.V, betas != nullptr ? betas[row] : T(1));
     }
     std::fill(beta + x.V, beta + Vp, T(0));
-    if (x.erase == DeltaErase::kKey) std::copy_n(k, Kp, erase);
-    if (delta_rule::has_a(x.erase)) keys(x.a, erase);
-    kq = dot(Kp, k, query);
-    if (x.erase == DeltaErase::kSeparate) {
-      keys(x.p, p);
-      pq = dot(Kp, p, query);
-    }
     const T* g = static_cast<const T*>(x.g);
-    const bool decayed_erase = x.erase == DeltaErase::kKey || x.erase == DeltaErase::kOwn;
-    if (x.gate == DeltaGate::kNone) {
-      std::fill_n(decay, Kp, T(1));
-    } else if (x.gate == DeltaGate::kScalar) {
-      const T e = hn::GetLane(hn::Exp(d, hn::Set(d, g[row])));
-      std::fill_n(decay, Kp, e);
-      scale_rows<T>(1, Kp, query, nullptr, false, &e, query);
-      if (decayed_erase) scale_rows<T>(1, Kp, erase, nullptr, false, &e, erase);
-    } else {
+    const T* erased = x.erase == DeltaErase::kKey ? k : erase;
+    const T own = x.erase == DeltaErase::kKey ? factors.k : T(1);
+    if (x.gate == DeltaGate::kChannel) {
       std::copy_n(g + row * x.K, x.K, decay);
       std::fill(decay + x.K, decay + Kp, T(0));
-      for (size_t i = 0; i < Kp; i += hn::Lanes(d)) {
-        const auto e = hn::Exp(d, hn::Load(d, decay + i));
-        hn::Store(e, d, decay + i);
-        hn::Store(hn::Mul(e, hn::Load(d, query + i)), d, query + i);
-        if (decayed_erase) hn::Store(hn::Mul(e, hn::Load(d, erase + i)), d, erase + i);
+    } else {
+      std::fill_n(decay, hn::Lanes(d), x.gate == DeltaGate::kScalar ? g[row] : T(0));
+    }
+    // What reads the state after its decay takes the decay along.
+    auto e = hn::Exp(d, hn::Load(d, decay));
+    for (size_t i = 0; i < Kp; i += hn::Lanes(d)) {
+      if (x.gate == DeltaGate::kChannel) e = hn::Exp(d, hn::Load(d, decay + i));
+      hn::Store(e, d, decay + i);
+      multiply(e, factors.q, query + i, query + i);
+      if (x.erase == DeltaErase::kKey || x.erase == DeltaErase::kOwn) {
+        multiply(e, own, erased + i, erase + i);
       }
+      if (x.l2norm_qk) multiply(hn::Set(d, factors.k), T(1), k + i, k + i);
     }
   }
 
@@ -105,6 +103,34 @@ struct Token {
   T *v = nullptr, *beta = nullptr;  // [Vp]: v, then u
   T *r = nullptr, *y = nullptr;     // [Vp]: S^T erase; S^T query, then o
   T kq = T(0), pq = T(0);
+
+ private:
+  // One over the lengths of q and k, or 1; and kq, of the rows as they came. All sums go side by
+  // side.
+  struct Factors {
+    T q, k;
+  };
+  HWY_INLINE Factors lengths(bool normalize, size_t Kp) {
+    const Tag<T> d;
+    auto qq = hn::Zero(d), kk = hn::Zero(d), both = hn::Zero(d);
+    for (size_t i = 0; i < Kp; i += hn::Lanes(d)) {
+      const auto q_part = hn::Load(d, query + i), k_part = hn::Load(d, k + i);
+      both = hn::MulAdd(q_part, k_part, both);
+      qq = hn::MulAdd(q_part, q_part, qq);
+      kk = hn::MulAdd(k_part, k_part, kk);
+    }
+    kq = hn::GetLane(hn::SumOfLanes(d, both));
+    if (!normalize) return {T(1), T(1)};
+    const auto inverse = [&](auto sum) HWY_ATTR {
+      const T squares = hn::GetLane(hn::SumOfLanes(d, sum));
+      return T(1) / std::sqrt(squares + T(delta_rule::kL2NormEps));
+    };
+    return {inverse(qq), inverse(kk)};
+  }
+  static HWY_INLINE void multiply(hn::Vec<Tag<T>> factor, T s, const T* x, T* y) {
+    const Tag<T> d;
+    hn::Store(hn::Mul(hn::Mul(factor, hn::Set(d, s)), hn::Load(d, x)), d, y);
+  }
 };
 
 }  // namespace HWY_NAMESPACE
