@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import platform
@@ -145,8 +146,9 @@ def native_rows(make, folder, threads, tokens, heads, head_dim, seconds):
         yield {"mode": mode, "T": T, "H": heads, "threads": threads, "gdn_ms": a, "peer_ms": b}
 
 
-# Short calls are timed by so many in a row: each finds in the caches what it left there itself, not the other's.
-SHORT_MS, IN_A_ROW = 1.0, 20
+# Calls shorter than SHORT_MS are timed by as many in a row as take STRETCH_MS: each finds in the caches what it left
+# there itself, not the other's.
+SHORT_MS, STRETCH_MS = 1.0, 5.0
 
 
 def medians(functions, seconds):
@@ -157,7 +159,8 @@ def medians(functions, seconds):
         fn()
         start = time.perf_counter()
         fn()
-        calls.append(IN_A_ROW if (time.perf_counter() - start) * 1e3 < SHORT_MS else 1)
+        ms = (time.perf_counter() - start) * 1e3
+        calls.append(math.ceil(STRETCH_MS / ms) if ms < SHORT_MS else 1)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 3:
         for fn, samples, count in zip(functions, times, calls):
