@@ -166,8 +166,11 @@ int run_ceilings(const Options& options) {
     } else {
       report.note("bf16 products, AMX: not available");
     }
-    for (const auto& [m, n_, k] :
-         {std::tuple<int, int, int>{64, 128, 128}, {32, 128, 128}, {32, 64, 128}, {32, 32, 128}}) {
+    for (const auto& [m, n_, k] : {std::tuple<int, int, int>{64, 128, 128},
+                                   {32, 128, 128},
+                                   {16, 128, 128},
+                                   {128, 16, 128},
+                                   {128, 32, 16}}) {
       for (const int64_t batch : {1, 6}) {
         Row row{str_cat("fp32 product ", m, "x", n_, "x", k, batch == 1 ? ", one" : ", of six"), t};
         row.rate = small_gemm_gflops(t, m, n_, k, batch);
