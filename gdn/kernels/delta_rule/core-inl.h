@@ -72,19 +72,15 @@ HWY_INLINE void add_scaled(size_t width, const T* x, T s, T* y) {
 template <typename T>
 HWY_INLINE T dot(size_t width, const T* x, const T* y) {
   const Tag<T> d;
-  auto sum = hn::Zero(d);
-  for (size_t j = 0; j < width; j += hn::Lanes(d)) {
-    sum = hn::MulAdd(hn::Load(d, x + j), hn::Load(d, y + j), sum);
+  const size_t n = hn::Lanes(d);
+  auto even = hn::Zero(d), odd = hn::Zero(d);
+  size_t j = 0;
+  for (; j + 2 * n <= width; j += 2 * n) {
+    even = hn::MulAdd(hn::Load(d, x + j), hn::Load(d, y + j), even);
+    odd = hn::MulAdd(hn::Load(d, x + j + n), hn::Load(d, y + j + n), odd);
   }
-  return hn::GetLane(hn::SumOfLanes(d, sum));
-}
-
-// Divides x by its length; returns the factor.
-template <typename T>
-HWY_INLINE T normalize_row(size_t width, T* x) {
-  const T factor = T(1) / std::sqrt(dot(width, x, x) + T(delta_rule::kL2NormEps));
-  scale_rows<T>(1, width, x, nullptr, false, &factor, x);
-  return factor;
+  if (j < width) even = hn::MulAdd(hn::Load(d, x + j), hn::Load(d, y + j), even);
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(even, odd)));
 }
 
 // Rows that the next chunk will load or store, brought to L2 a few lines at a time between the
@@ -244,8 +240,16 @@ struct Core {
     if (x.l2norm_qk) normalize_rows(n, key_rows(), k_norm);
   }
   T* key_rows() const { return w + (L.W - 1) * L.C * L.Kp; }
+  // Divides rows by their lengths; `factors` takes one over these.
   void normalize_rows(size_t n, T* rows, T* factors) const {
-    for (size_t i = 0; i < n; ++i) factors[i] = normalize_row(L.Kp, rows + i * L.Kp);
+    const Tag<T> d;
+    std::fill_n(factors, L.C, T(0));
+    for (size_t i = 0; i < n; ++i) factors[i] = dot(L.Kp, rows + i * L.Kp, rows + i * L.Kp);
+    for (size_t i = 0; i < L.C; i += hn::Lanes(d)) {
+      const auto squares = hn::Add(hn::Load(d, factors + i), hn::Set(d, T(delta_rule::kL2NormEps)));
+      hn::Store(hn::Div(hn::Set(d, T(1)), hn::Sqrt(squares)), d, factors + i);
+    }
+    scale_rows<T>(n, L.Kp, rows, factors, false, nullptr, rows);
   }
 
   // Decay tables, beta per row, and the keys with their decays, for value head hv.
