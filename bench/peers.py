@@ -26,16 +26,11 @@ import sys
 import tempfile
 import time
 
-# One malloc arena that keeps its pages: page faults would otherwise dominate the fallback's time, which is not
-# what is to be compared.
-TUNABLES = (
-    "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-)
-if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
-    os.environ["GLIBC_TUNABLES"] = TUNABLES
-    # Nor are idle threads to spin beside those of the other's OpenMP.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+import steady_malloc  # beside this file
+
+# Nor are idle threads to spin beside those of the other's OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+steady_malloc.restart()
 
 import torch  # noqa: E402  (after the restart above)
 import transformers  # noqa: E402

@@ -21,12 +21,9 @@ import statistics
 import sys
 import time
 
-TUNABLES = (
-    "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-)
-if os.environ.get("GLIBC_TUNABLES") != TUNABLES:  # one arena that keeps its pages, or page faults are what is timed
-    os.environ["GLIBC_TUNABLES"] = TUNABLES
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+import steady_malloc  # beside this file
+
+steady_malloc.restart()
 
 import torch  # noqa: E402  (after the restart above)
 import transformers  # noqa: E402

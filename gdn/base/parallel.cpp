@@ -13,6 +13,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -24,24 +25,31 @@ namespace {
 
 thread_local bool in_parallel_region = false;
 
-// CPUs that this process may run on.
-int available_cpus() {
+std::vector<int> find_cpus() {
+  std::vector<int> cpus;
 #ifdef __linux__
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+    }
+  }
 #endif
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  if (cpus.empty()) {
+    cpus.resize(std::max(1u, std::thread::hardware_concurrency()));
+    std::iota(cpus.begin(), cpus.end(), 0);
+  }
+  return cpus;
 }
 
-// Read while the library is loaded, before any thread is pinned.
-const int cpus_at_start = available_cpus();
+const std::vector<int> cpus_at_start = find_cpus();
 
 int default_num_threads() {
   if (const char* env = std::getenv("OMP_NUM_THREADS")) {
     const int n = std::atoi(env);
     if (n >= 1) return n;
   }
-  return cpus_at_start;
+  return static_cast<int>(cpus_at_start.size());
 }
 
 std::atomic<int> builtin_threads{default_num_threads()};
@@ -96,7 +104,8 @@ class Pool {
       std::lock_guard lock(mutex_);
       helpers_ = 0;
     }
-    if (helpers < cpus_at_start) spin_until([this] { return running_ == 0; });
+    if (helpers < static_cast<int64_t>(cpus_at_start.size()))
+      spin_until([this] { return running_ == 0; });
     std::unique_lock lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
   }
@@ -105,7 +114,7 @@ class Pool {
   void loop(int64_t index, uint64_t seen) {
     std::unique_lock lock(mutex_);
     while (true) {
-      if (static_cast<int64_t>(threads_.size()) < cpus_at_start) {
+      if (threads_.size() < cpus_at_start.size()) {
         lock.unlock();
         spin_until([&] { return stop_ || call_ != seen; });
         lock.lock();
@@ -177,6 +186,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) 
 int num_threads() { return backend.num_threads(); }
 
 void set_parallel_backend(ParallelBackend b) { backend = b; }
+
+const std::vector<int>& allowed_cpus() { return cpus_at_start; }
 
 void set_num_threads(int n) {
   GDN_CHECK(n >= 1, "[set_num_threads] the number of threads must be at least 1, got ", n);

@@ -105,6 +105,7 @@ HWY_AFTER_NAMESPACE();
 #include <fstream>
 
 #include "gdn/base/pages.h"
+#include "gdn/base/parallel.h"
 
 #if HWY_ARCH_X86 && defined(__GNUC__)
 #include <immintrin.h>
@@ -275,19 +276,6 @@ double once(const std::string& key, const Measure& measure) {
 }
 
 }  // namespace
-
-const std::vector<int>& allowed_cpus() {
-  static const std::vector<int> cpus = [] {
-    std::vector<int> list;
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) != 0) return list;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (CPU_ISSET(cpu, &set)) list.push_back(cpu);
-    }
-    return list;
-  }();
-  return cpus;
-}
 
 void pin_this_thread(int i) {
   if (static_cast<size_t>(i) >= allowed_cpus().size()) return;

@@ -11,9 +11,7 @@
 
 namespace gdn::bench {
 
-// The CPUs this process may use; what the pinning functions choose from.
-const std::vector<int>& allowed_cpus();
-// Pins the calling thread to the i-th of them; nothing where there are fewer.
+// Pins the calling thread to the i-th of allowed_cpus(); nothing where there are fewer.
 void pin_this_thread(int i);
 
 // fp32 multiply-adds from registers in GFLOP/s, by the best SIMD target of this machine, and by

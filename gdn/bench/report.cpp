@@ -108,8 +108,7 @@ nlohmann::ordered_json version_info(const Options& options) {
 
 void use_threads(int64_t n) {
   at::set_num_threads(static_cast<int>(n));
-  const auto& cpus = allowed_cpus();  // read before the first thread is pinned
-  if (static_cast<size_t>(n) > cpus.size()) return;
+  if (static_cast<size_t>(n) > allowed_cpus().size()) return;
   parallel_for(0, n, 1, [](int64_t, int64_t) { pin_this_thread(at::get_thread_num()); });
 }
 

@@ -64,7 +64,6 @@ void add_bench_command(CLI::App& app, Run& run) {
       if (options.threads.empty()) options.threads = {at::get_num_threads()};
       options.version = version();
       keep_freed_memory();
-      bench::allowed_cpus();  // before threads are pinned
       static const std::map<std::string, int (*)(const bench::Options&)> commands = {
           {"ceilings", &bench::run_ceilings},
           {"ops", &bench::run_ops},
