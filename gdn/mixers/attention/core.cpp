@@ -18,6 +18,7 @@
 #include <cmath>
 #include <utility>
 
+#include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/ops/attend_step.h"
 #include "gdn/ops/rope.h"
 
@@ -182,42 +183,30 @@ at::Tensor rotate_from(const at::Tensor& x, int64_t position, double theta, int6
 
 at::Tensor attend_with_cache(const char* mixer, AttentionCall call, StateAccess& access,
                              const Context& ctx) {
-  const int64_t T = call.q.size(1), N = access.num_sequences();
   State none;
   KvCache cache(access.given() ? *ctx.state : none, call.names, call.window);
+  const SequenceGroups groups(mixer, access, call.q.size(1), [&](int64_t, int64_t row) {
+    return access.given() ? cache.position(row) : int64_t{0};
+  });
   std::vector<at::Tensor> outs;
   std::vector<Kept> kept;
-  auto run = [&](Group group) {
+  for (const SequenceGroup& part : groups) {
+    if (part.row < 0) {
+      outs.push_back(
+          at::zeros({1, call.q.size(1), call.q.size(2), call.out_dim}, call.q.options()));
+      continue;
+    }
+    Group group{part.row, part.rows, part.past, groups.part(part, call.q), {}};
+    for (const at::Tensor& t : call.fresh) group.fresh.push_back(groups.part(part, t));
     if (call.place) call.place(group.past, group.q, group.fresh);
     outs.push_back(!access.given()      ? call.attend(group.q, group.fresh)
                    : access.with_grad() ? attend_anew(call, group, cache, kept)
                                         : attend_in_place(call, group, cache));
-  };
-  const at::Tensor cu = ops::host_cu_seqlens(mixer, access.cu_seqlens(), T);
-  const int64_t* ends = ops::data_or_null(cu);
-  const int64_t* slots = ops::data_or_null(access.slots());
-  bool together = ends == nullptr && slots == nullptr;
-  for (int64_t n = 1; together && access.given() && n < N; ++n)
-    together = cache.position(n) == cache.position(0);
-  if (together) {
-    run({0, N, access.given() && N > 0 ? cache.position(0) : 0, call.q, call.fresh});
-  } else {
-    for (int64_t n = 0; n < N; ++n) {
-      const int64_t row = slots != nullptr ? slots[n] : n;
-      auto part = [&](const at::Tensor& t) {
-        return ends != nullptr ? t.slice(1, ends[n], ends[n + 1]) : t.narrow(0, n, 1);
-      };
-      if (row < 0) {  // no sequence here
-        outs.push_back(at::zeros({1, T, call.q.size(2), call.out_dim}, call.q.options()));
-        continue;
-      }
-      Group group{row, 1, access.given() ? cache.position(row) : 0, part(call.q), {}};
-      for (const at::Tensor& t : call.fresh) group.fresh.push_back(part(t));
-      run(std::move(group));
-    }
   }
-  if (access.given() && access.with_grad()) replace(*ctx.state, call.names, kept, together ? N : 1);
-  return outs.size() == 1 ? outs[0] : at::cat(outs, ends != nullptr ? 1 : 0);
+  if (access.given() && access.with_grad()) {
+    replace(*ctx.state, call.names, kept, groups.together() ? access.num_sequences() : 1);
+  }
+  return groups.join(outs);
 }
 
 }  // namespace gdn

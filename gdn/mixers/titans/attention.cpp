@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "gdn/mixers/common/delta_layer.h"
+#include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/mixers/common/windows.h"
 #include "gdn/ops/common.h"
 #include "gdn/ops/rope.h"
@@ -186,7 +187,7 @@ at::Tensor WindowAttention::run(const at::Tensor& q0, const at::Tensor& k0, cons
 
 at::Tensor WindowAttention::forward(const at::Tensor& x, const at::Tensor& persistent,
                                     const at::Tensor& before, StateAccess& state, bool naive) {
-  const int64_t B = x.size(0), T = x.size(1), N = state.num_sequences();
+  const int64_t B = x.size(0), T = x.size(1);
   auto heads = [&](const at::Tensor& t) {
     return t.view({t.size(0), t.size(1), num_heads_, head_dim_});
   };
@@ -197,45 +198,32 @@ at::Tensor WindowAttention::forward(const at::Tensor& x, const at::Tensor& persi
     prefix.k = heads(k_proj_->forward(persistent.unsqueeze(0))).squeeze(0);
     prefix.v = heads(v_proj_->forward(persistent.unsqueeze(0))).squeeze(0);
   }
-  const at::Tensor cu = ops::host_cu_seqlens("window_attention", state.cu_seqlens(), T);
-  const int64_t* ends = ops::data_or_null(cu);
-  const int64_t* slots = ops::data_or_null(state.slots());
   const int64_t* position = before.const_data_ptr<int64_t>();
-  bool together = ends == nullptr && slots == nullptr;
-  for (int64_t n = 1; together && n < N; ++n) together = position[n] == position[0];
+  const SequenceGroups groups("window_attention", state, T,
+                              [&](int64_t n, int64_t) { return position[n]; });
   std::vector<at::Tensor> outs, ks, vs;
-  auto group = [&](int64_t row, int64_t rows, int64_t past, const at::Tensor& gq,
-                   const at::Tensor& gk, const at::Tensor& gv) {
-    if (!state.given()) {
-      outs.push_back(run(gq, gk, gv, prefix, past, nullptr, false, naive));
-      return;
+  for (const SequenceGroup& group : groups) {
+    if (group.row < 0) {
+      outs.push_back(at::zeros({1, T, num_heads_, head_dim_}, q.options()));
+      continue;
     }
-    Ring ring = {state.pool("window_k").narrow(0, row, rows),
-                 state.pool("window_v").narrow(0, row, rows)};
-    outs.push_back(run(gq, gk, gv, prefix, past, &ring, !state.with_grad(), naive));
+    const at::Tensor gq = groups.part(group, q), gk = groups.part(group, k),
+                     gv = groups.part(group, v);
+    if (!state.given()) {
+      outs.push_back(run(gq, gk, gv, prefix, group.past, nullptr, false, naive));
+      continue;
+    }
+    Ring ring = {state.pool("window_k").narrow(0, group.row, group.rows),
+                 state.pool("window_v").narrow(0, group.row, group.rows)};
+    outs.push_back(run(gq, gk, gv, prefix, group.past, &ring, !state.with_grad(), naive));
     ks.push_back(ring.k);
     vs.push_back(ring.v);
-  };
-  if (together) {
-    group(0, N, N > 0 ? position[0] : 0, q, k, v);
-  } else {
-    for (int64_t n = 0; n < N; ++n) {
-      const int64_t row = slots != nullptr ? slots[n] : n;
-      auto part = [&](const at::Tensor& t) {
-        return ends != nullptr ? t.slice(1, ends[n], ends[n + 1]) : t.narrow(0, n, 1);
-      };
-      if (row < 0) {  // no sequence here
-        outs.push_back(at::zeros({1, T, num_heads_, head_dim_}, q.options()));
-      } else {
-        group(row, 1, position[n], part(q), part(k), part(v));
-      }
-    }
   }
   if (state.with_grad() && state.given()) {
     state.write("window_k", at::cat(ks, 0));
     state.write("window_v", at::cat(vs, 0));
   }
-  return at::cat(outs, ends != nullptr ? 1 : 0).reshape({B, T, num_heads_ * head_dim_});
+  return groups.join(outs).reshape({B, T, num_heads_ * head_dim_});
 }
 
 std::vector<MixerOption> branch_gate_options() {

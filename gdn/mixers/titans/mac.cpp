@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "gdn/mixers/common/loop_linear.h"
+#include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/mixers/titans/layer.h"
 #include "gdn/ops/common.h"
 
@@ -187,39 +188,33 @@ at::Tensor TitansMac::forward(const at::Tensor& x, const Context& ctx) {
   const int64_t N = state.num_sequences(), T = x.size(1);
   const at::Tensor before = tokens_before(state).clone();
   const int64_t* position = before.const_data_ptr<int64_t>();
-  const at::Tensor cu = ops::host_cu_seqlens("titans_mac", state.cu_seqlens(), T);
-  const int64_t* ends = ops::data_or_null(cu);
-  const int64_t* slots = ops::data_or_null(state.slots());
-  bool together = ends == nullptr && slots == nullptr;
-  for (int64_t n = 1; together && n < N; ++n) together = position[n] == position[0];
+  const SequenceGroups groups("titans_mac", state, T,
+                              [&](int64_t n, int64_t) { return position[n]; });
   const at::TensorOptions options = x.options().requires_grad(false);
   const Loop loop = begin(x);
-  if (together) {
-    State local = state.given() ? *ctx.state : zero_state(N, options);
-    const at::Tensor y = run(x, local, N > 0 ? position[0] : 0, loop);
-    if (state.given()) *ctx.state = local;
-    return o_proj_->forward(y);
-  }
   std::vector<at::Tensor> outs;
   std::vector<State> locals;
-  for (int64_t n = 0; n < N; ++n) {
-    const at::Tensor part = ends != nullptr ? x.slice(1, ends[n], ends[n + 1]) : x.narrow(0, n, 1);
-    const int64_t row = slots != nullptr ? slots[n] : n;
-    if (row < 0) {  // no sequence here
+  for (const SequenceGroup& group : groups) {
+    const at::Tensor part = groups.part(group, x);
+    if (group.row < 0) {
       outs.push_back(at::zeros_like(part));
       continue;
     }
     State local;
-    if (state.given()) {  // views: without gradients they change in place
+    if (!state.given()) {
+      local = zero_state(group.rows, options);
+    } else if (groups.together()) {
+      local = *ctx.state;
+    } else {  // views: without gradients they change in place
       for (const auto& [name, value] : ctx.state->entries())
-        local.set(name, value.narrow(0, row, 1));
-    } else {
-      local = zero_state(1, options);
+        local.set(name, value.narrow(0, group.row, 1));
     }
-    outs.push_back(run(part, local, position[n], loop));
+    outs.push_back(run(part, local, group.past, loop));
     locals.push_back(std::move(local));
   }
-  if (state.given() && state.with_grad() && N > 0) {
+  if (state.given() && groups.together()) {
+    *ctx.state = locals[0];
+  } else if (state.given() && state.with_grad() && N > 0) {
     std::vector<std::string> names;
     for (const auto& entry : ctx.state->entries()) names.push_back(entry.first);
     for (const std::string& name : names) {
@@ -228,7 +223,7 @@ at::Tensor TitansMac::forward(const at::Tensor& x, const Context& ctx) {
       ctx.state->set(name, at::cat(rows, 0));
     }
   }
-  return o_proj_->forward(at::cat(outs, ends != nullptr ? 1 : 0));
+  return o_proj_->forward(groups.join(outs));
 }
 
 MixerInfo titans_mac_info() {
