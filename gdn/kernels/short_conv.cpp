@@ -163,19 +163,19 @@ void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_
     const auto d = bundle.d;
     const auto bias = in.bias_at(bundle, c);
     typename decltype(bundle)::Vectors out[kCount];
-    GDN_UNROLL
+    HWY_UNROLL(16)
     for (int m = 0; m < bundle.kCount; ++m) {
       hn::Vec<decltype(bundle.d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
       for (int j = 0; j < width; ++j) w[j] = in.weights_at(bundle, j, c, m);
       for (int r = 0; r < width - 1 + kCount; ++r) x[r] = bundle.load_part(rows[r] + c, m);
-      GDN_UNROLL
+      HWY_UNROLL(16)
       for (int r = 0; r < kCount; ++r) out[r][m] = in.convolve(bias[m], w, x + r);
       if (p.silu) {
-        GDN_UNROLL
+        HWY_UNROLL(16)
         for (int r = 0; r < kCount; ++r) out[r][m] = silu(d, out[r][m]);
       }
     }
-    GDN_UNROLL
+    HWY_UNROLL(16)
     for (int r = 0; r < kCount; ++r) {
       bundle.store(Output(), out[r], y + (t + r) * p.channels + c);
     }
@@ -301,13 +301,13 @@ struct BackwardGroup {
       const auto bias = in.bias_at(bundle, c);
       typename decltype(bundle)::Vectors out[kCount];
       if constexpr (kAdd != Add::kNothing) {
-        GDN_UNROLL
+        HWY_UNROLL(16)
         for (int r = 0; r < kCount; ++r) {  // what the next step reads, to L2
           __builtin_prefetch(rows[width - 1 + r] + kCount * short_conv::row_stride(p) + c, 0, 2);
           __builtin_prefetch(dy[r] + kCount * channels + c, 0, 2);
         }
       }
-      GDN_UNROLL
+      HWY_UNROLL(16)
       for (int m = 0; m < bundle.kCount; ++m) {  // one vector's weights and window fit registers
         V w[kMaxConvWidth], x[kMaxConvWidth + kCount], e[kMaxConvWidth + kCount];
         A* own = carried_here + m * static_cast<int64_t>(hn::Lanes(d));
@@ -316,14 +316,14 @@ struct BackwardGroup {
         for (int j = 0; j + 1 < width; ++j) e[j] = hn::LoadU(d, before_e + j * n);
         auto* now = e + (width - 1);
         if constexpr (kAdd == Add::kNothing) {
-          GDN_UNROLL
+          HWY_UNROLL(16)
           for (int r = 0; r < kCount; ++r) now[r] = hn::Zero(d);
         } else {
           for (int64_t r = 0; r < width - 1 + kCount; ++r) x[r] = bundle.load_part(rows[r] + c, m);
-          GDN_UNROLL
+          HWY_UNROLL(16)
           for (int r = 0; r < kCount; ++r) now[r] = bundle.load_part(dy[r] + c, m);
           if (p.silu) {
-            GDN_UNROLL
+            HWY_UNROLL(16)
             for (int r = 0; r < kCount; ++r) {
               const V pre = in.convolve(bias[m], w, x + r);
               now[r] = hn::Mul(now[r], silu_and_slope(d, pre).slope);
@@ -333,16 +333,16 @@ struct BackwardGroup {
         if constexpr (kAdd == Add::kAll) {
           for (int j = 0; j < width; ++j) {
             auto dw = hn::LoadU(d, dweight + j * n);
-            GDN_UNROLL
+            HWY_UNROLL(16)
             for (int r = 0; r < kCount; ++r) dw = hn::MulAdd(now[r], x[r + j], dw);
             hn::StoreU(dw, d, dweight + j * n);
           }
           auto db = hn::LoadU(d, dweight + width * n);
-          GDN_UNROLL
+          HWY_UNROLL(16)
           for (int r = 0; r < kCount; ++r) db = hn::Add(db, now[r]);
           hn::StoreU(db, d, dweight + width * n);
         }
-        GDN_UNROLL
+        HWY_UNROLL(16)
         for (int r = 0; r < kCount; ++r) {
           auto v = hn::Mul(w[0], now[r]);
           for (int j = 1; j < width; ++j) v = hn::MulAdd(w[j], e[r + width - 1 - j], v);
@@ -350,7 +350,7 @@ struct BackwardGroup {
         }
         for (int j = 0; j + 1 < width; ++j) hn::StoreU(e[kCount + j], d, before_e + j * n);
       }
-      GDN_UNROLL
+      HWY_UNROLL(16)
       for (int r = 0; r < kCount; ++r) {
         if (dx[r] != nullptr) {
           if (from_final[r] != nullptr) {

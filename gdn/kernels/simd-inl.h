@@ -19,15 +19,6 @@
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
-// Before a loop over registers, which must not stay a loop.
-#ifndef GDN_UNROLL
-#ifdef __clang__
-#define GDN_UNROLL _Pragma("unroll")
-#else
-#define GDN_UNROLL _Pragma("GCC unroll 16")
-#endif
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
