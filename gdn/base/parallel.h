@@ -28,7 +28,8 @@ int num_threads();
 // Replaces the backend; called once when libgdn is loaded.
 void set_parallel_backend(ParallelBackend backend);
 
-// The CPUs that this process could run on when the library was loaded: before any thread was pinned.
+// The CPUs that this process could run on when the library was loaded: before any thread was
+// pinned.
 const std::vector<int>& allowed_cpus();
 
 // Threads of the built-in backend; no effect on another backend. Takes n >= 1.
