@@ -29,78 +29,41 @@ inline constexpr size_t kStepVectors = 8;
 inline constexpr size_t kStepVectors = 4;
 #endif
 
-// How rows of a state go to registers and back, kAtOnce vectors at a time, and how the values that
-// meet them do. The order of the columns in registers is the state's own affair.
+// What of a row of states of S goes to registers at once, where kVectors vectors of columns stay in
+// them; the values that meet it are brought into the same order.
 template <typename T, typename S, size_t kVectors>
-struct StepRow {
-  static constexpr size_t kAtOnce = 1;
-  using V = hn::Vec<Tag<T>>;
-  static HWY_INLINE void load(const S* p, V (&x)[1]) { x[0] = load_as(Tag<T>(), p); }
-  static HWY_INLINE void store(const V (&x)[1], S* p) { store_as(Tag<T>(), x[0], p); }
-  static HWY_INLINE void load_values(const T* p, V* x) { x[0] = hn::Load(Tag<T>(), p); }
-  static HWY_INLINE void store_values(const V* x, T* p) { hn::Store(x[0], Tag<T>(), p); }
-};
-
-#if HWY_TARGET == HWY_AVX3
-// 32 bf16 columns as the even and the odd ones, which takes one operation each, where widening them
-// in order takes two.
-template <size_t kVectors>
-requires(kVectors % 2 == 0) struct StepRow<float, HardwareBf16, kVectors> {
-  static constexpr size_t kAtOnce = 2;
-  using V = hn::Vec512<float>;
-  static HWY_INLINE void load(const HardwareBf16* p, V (&x)[2]) {
-    const hn::ScalableTag<float> d;
-    const hn::ScalableTag<uint32_t> du;
-    const auto both = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
-    x[0] = hn::BitCast(d, hn::ShiftLeft<16>(both));
-    x[1] = hn::BitCast(d, hn::And(both, hn::Set(du, 0xffff0000u)));
-  }
-  static HWY_INLINE void store(const V (&x)[2], HardwareBf16* p) {
-    alignas(64) static constexpr uint16_t kInTurn[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    __m512i halves;  // the even ones, then the odd ones
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(x[0].raw), "v"(x[1].raw));
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn), halves));
-  }
-  static HWY_INLINE void load_values(const float* p, V* x) {
-    hn::LoadInterleaved2(hn::ScalableTag<float>(), p, x[0], x[1]);
-  }
-  static HWY_INLINE void store_values(const V* x, float* p) {
-    hn::StoreInterleaved2(x[0], x[1], hn::ScalableTag<float>(), p);
-  }
-};
-#endif
+using StepBundle = Bundle<Tag<T>, kVectors % 2 == 0 ? WholeBundle<S>::kCount : 1>;
 
 // r = S^T erase and y = S^T query for kVectors vectors of columns; S has K rows `ld` apart.
 template <size_t kVectors, bool kErase, typename T, typename S>
 HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
                           size_t column) {
-  using Row = StepRow<T, S, kVectors>;
+  using Bundle = StepBundle<T, S, kVectors>;
+  const Bundle bundle{};
+  constexpr size_t kBundles = kVectors / Bundle::kCount;
   const Tag<T> d;
-  const size_t n = hn::Lanes(d);
+  const size_t n = bundle.size();
   // Unrolled by order: or GCC keeps the sums in memory before and after the loop over rows.
-  hn::Vec<Tag<T>> r[kVectors], y[kVectors];
+  typename Bundle::Vectors r[kBundles], y[kBundles];
   HWY_UNROLL(8)
-  for (size_t j = 0; j < kVectors; ++j) r[j] = y[j] = hn::Zero(d);
+  for (size_t j = 0; j < kBundles; ++j) r[j] = y[j] = bundle.zero();
   const T *query = token.query, *erase = token.erase;
   for (size_t i = 0; i < K; ++i) {
     const auto q = hn::Set(d, query[i]), a = hn::Set(d, kErase ? erase[i] : T(0));
     HWY_UNROLL(8)
-    for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
-      hn::Vec<Tag<T>> x[Row::kAtOnce];
-      Row::load(s + i * ld + j * n, x);
+    for (size_t j = 0; j < kBundles; ++j) {
+      const auto x = bundle.load(s + i * ld + j * n);
       HWY_UNROLL(2)
-      for (size_t m = 0; m < Row::kAtOnce; ++m) {
-        y[j + m] = hn::MulAdd(q, x[m], y[j + m]);
-        if constexpr (kErase) r[j + m] = hn::MulAdd(a, x[m], r[j + m]);
+      for (int m = 0; m < Bundle::kCount; ++m) {
+        y[j][m] = hn::MulAdd(q, x[m], y[j][m]);
+        if constexpr (kErase) r[j][m] = hn::MulAdd(a, x[m], r[j][m]);
       }
     }
   }
   HWY_UNROLL(8)
-  for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
-    Row::store_values(r + j, token.r + column + j * n);
-    Row::store_values(y + j, token.y + column + j * n);
+  for (size_t j = 0; j < kBundles; ++j) {
+    bundle.store(Output(), r[j], token.r + column + j * n);
+    bundle.store(Output(), y[j], token.y + column + j * n);
   }
 }
 
@@ -108,14 +71,16 @@ HWY_INLINE void step_read(size_t K, const S* HWY_RESTRICT s, size_t ld, const To
 template <size_t kVectors, bool kSeparate, typename T, typename S>
 HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<T>& token,
                             size_t column) {
-  using Row = StepRow<T, S, kVectors>;
+  using Bundle = StepBundle<T, S, kVectors>;
+  const Bundle bundle{};
+  constexpr size_t kBundles = kVectors / Bundle::kCount;
   const Tag<T> d;
-  const size_t n = hn::Lanes(d);
-  hn::Vec<Tag<T>> u[kVectors], r[kVectors];
+  const size_t n = bundle.size();
+  typename Bundle::Vectors u[kBundles], r[kBundles];
   HWY_UNROLL(8)
-  for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
-    Row::load_values(token.v + column + j * n, u + j);
-    if constexpr (kSeparate) Row::load_values(token.r + column + j * n, r + j);
+  for (size_t j = 0; j < kBundles; ++j) {
+    u[j] = bundle.load(token.v + column + j * n);
+    if constexpr (kSeparate) r[j] = bundle.load(token.r + column + j * n);
   }
   const T *HWY_RESTRICT decays = token.decay, *HWY_RESTRICT keys = token.k;
   const T* HWY_RESTRICT low_rank = token.p;
@@ -123,15 +88,14 @@ HWY_INLINE void step_update(size_t K, S* HWY_RESTRICT s, size_t ld, const Token<
     const auto decay = hn::Set(d, decays[i]), k = hn::Set(d, keys[i]);
     const auto p = hn::Set(d, kSeparate ? low_rank[i] : T(0));
     HWY_UNROLL(8)
-    for (size_t j = 0; j < kVectors; j += Row::kAtOnce) {
-      hn::Vec<Tag<T>> x[Row::kAtOnce];
-      Row::load(s + i * ld + j * n, x);
+    for (size_t j = 0; j < kBundles; ++j) {
+      auto x = bundle.load(s + i * ld + j * n);
       HWY_UNROLL(2)
-      for (size_t m = 0; m < Row::kAtOnce; ++m) {
-        x[m] = hn::MulAdd(k, u[j + m], hn::Mul(decay, x[m]));
-        if constexpr (kSeparate) x[m] = hn::MulAdd(p, r[j + m], x[m]);
+      for (int m = 0; m < Bundle::kCount; ++m) {
+        x[m] = hn::MulAdd(k, u[j][m], hn::Mul(decay, x[m]));
+        if constexpr (kSeparate) x[m] = hn::MulAdd(p, r[j][m], x[m]);
       }
-      Row::store(x, s + i * ld + j * n);
+      bundle.store(Output(), x, s + i * ld + j * n);
     }
   }
 }
