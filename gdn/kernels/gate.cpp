@@ -134,9 +134,6 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   });
   A* dA_log = static_cast<A*>(grads.dA_log);
   std::fill(dA_log, dA_log + p.heads, A{0});
-  if (blocks.count() == 0) {
-    partial.assign(2 * dim, A{0});
-  }
   A* sums = partial.data();
   add_rows_up(sums, blocks.count(), 2 * dim);
   for (int64_t i = 0; i < dim; ++i) dA_log[i / p.channels] += sums[i];

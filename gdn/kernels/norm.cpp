@@ -275,7 +275,6 @@ void backward(const NormParams& p, const NormGrads& grads) {
   });
   if (grads.dweight == nullptr) return;
   A* dweight = static_cast<A*>(grads.dweight);
-  if (p.rows == 0) return static_cast<void>(std::fill(dweight, dweight + p.dim, A{0}));
   add_rows_up(partial.data(), blocks.count(), p.dim);
   for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
     bundle.store(Output(), bundle.load_own(partial.data() + i), dweight + i);

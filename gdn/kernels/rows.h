@@ -22,13 +22,14 @@ struct RowLayout {
   }
 };
 
-// At most `max_blocks` blocks of at least `min_rows` rows.
+// At most `max_blocks` blocks of at least `min_rows` rows; one, which is empty, where there are no
+// rows: there is always a block whose sums are the sums of all.
 struct RowBlocks {
   int64_t rows, size;
 
   RowBlocks(int64_t rows, int64_t min_rows, int64_t max_blocks = 64)
       : rows(rows), size(std::max({min_rows, (rows + max_blocks - 1) / max_blocks, int64_t{1}})) {}
-  int64_t count() const { return (rows + size - 1) / size; }
+  int64_t count() const { return std::max<int64_t>(1, (rows + size - 1) / size); }
   int64_t begin(int64_t block) const { return block * size; }
   int64_t end(int64_t block) const { return std::min(rows, (block + 1) * size); }
 };

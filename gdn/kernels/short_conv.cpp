@@ -397,7 +397,6 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   });
   A* dweight = static_cast<A*>(g.dweight);
   A* dbias = static_cast<A*>(g.dbias);
-  if (partial.empty()) partial.assign(num_sums, A{0});
   add_rows_up(partial.data(), groups.count(), num_sums);
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < p.width; ++j) dweight[c * p.width + j] = partial[j * channels + c];
