@@ -7,6 +7,7 @@
 #include "gdn/kernels/cross_entropy.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -115,14 +116,15 @@ void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>
       const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
       const A lse = logsumexp[row], scale = dloss[row];
       const A at_target = (std::exp(load(x + target) - lse) - 1) * scale;
-      for_bundles<T>(0, p.vocab, [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
         const auto d = bundle.d;
         auto v = bundle.load(x + i);
         for (int j = 0; j < bundle.kCount; ++j) {
           v[j] = hn::Mul(exp_of(d, hn::Sub(v[j], hn::Set(d, lse))), hn::Set(d, scale));
         }
-        bundle.store(to, v, dx + i);
-      });
+        return std::array{v};
+      };
+      map_bundles<T>(0, p.vocab, make, OutputRows<T, 1>{{&to}, {dx}});
       store(dx + target, at_target);
     }
     to.finish();

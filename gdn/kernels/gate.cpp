@@ -40,15 +40,13 @@ void gate_forward_t(const GateParams& p, Acc<T>* g) {
   parallel_for(0, p.rows, row_grain(4 * dim), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
-      for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
+      map_lanes<A>(dim, to, g + row * dim, [&](auto d, int64_t i) HWY_ATTR {
         auto x = load_as(d, a + i);
         if (dt_bias != nullptr) x = hn::Add(x, hn::LoadU(d, dt_bias + i));
         const auto r = hn::LoadU(d, rate + i);
-        const auto v =
-            p.lower_bound.has_value()
-                ? hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), sigmoid(d, hn::Mul(r, x)))
-                : hn::Neg(hn::Mul(r, softplus(d, x)));
-        to.store(d, v, g + row * dim + i);
+        return p.lower_bound.has_value()
+                   ? hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), sigmoid(d, hn::Mul(r, x)))
+                   : hn::Neg(hn::Mul(r, softplus(d, x)));
       });
     }
     to.finish();

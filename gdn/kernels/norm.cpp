@@ -7,6 +7,7 @@
 #include "gdn/kernels/norm.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 
@@ -19,18 +20,16 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-template <typename A>
-A inverse_norm(const NormParams& p, A sum_of_squares) {
-  const A mean = p.kind == NormKind::kRms ? sum_of_squares / static_cast<A>(p.dim) : sum_of_squares;
-  return A{1} / std::sqrt(mean + static_cast<A>(p.eps));
-}
-
-template <typename T>
-HWY_INLINE Acc<T> sum_of_squares(const T* x, int64_t dim) {
-  return sum_bundles<T, 1>(dim, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
-    const auto v = bundle.load(x + i);
-    for (int j = 0; j < bundle.kCount; ++j) sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
-  })[0];
+// r = 1 / norm for kRows rows from their sums of squares.
+template <int kRows, typename A>
+HWY_INLINE void inverse_norms(const NormParams& p, const A* sums_of_squares, A* r) {
+  const hn::CappedTag<A, kRows> d;
+  const auto count = hn::Set(d, p.kind == NormKind::kRms ? static_cast<A>(p.dim) : A{1});
+  const auto eps = hn::Set(d, static_cast<A>(p.eps));
+  for (int k = 0; k < kRows; k += static_cast<int>(hn::Lanes(d))) {
+    const auto mean = hn::Div(hn::LoadU(d, sums_of_squares + k), count);
+    hn::StoreU(hn::Div(hn::Set(d, 1), hn::Sqrt(hn::Add(mean, eps))), d, r + k);
+  }
 }
 
 template <typename T>
@@ -51,10 +50,10 @@ HWY_INLINE void fetch(const T* row, int64_t i) {
   if (row != nullptr) __builtin_prefetch(row + i, 0, 2);
 }
 
-// Short rows that are taken together, so that the second pass waits only once for what the sums'
-// last steps and the square roots take. Backward goes over them side by side in its second pass,
-// two at a time also of long rows: the sums of dweight are loaded and stored once for all of them.
-// Forward goes over one after the other: it is bound by memory, which prefers that.
+// Short rows that are taken together, so that their sums' last steps are taken at once. Backward
+// goes over them side by side in its second pass, two at a time also of long rows: the sums of
+// dweight are loaded and stored once for all of them. Forward goes over one after the other: it is
+// bound by memory, which prefers that.
 inline constexpr int kShortRows = 4;
 
 // Calls f(std::integral_constant<int, kRows>(), row) for all rows: `together` of them at a time
@@ -72,63 +71,90 @@ HWY_INLINE void for_rows(int64_t begin, int64_t end, int together, const F& f) {
   for (; row < end; ++row) f(std::integral_constant<int, 1>(), row);
 }
 
-template <class D, class V>
+template <Precision kPrecision, class D, class V>
 HWY_INLINE Activation<V> activate(D d, V z, NormGate activation) {
-  if (activation == NormGate::kSilu) return silu_and_slope(d, z);
-  const auto s = sigmoid(d, z);
-  return {s, hn::Mul(s, hn::Sub(hn::Set(d, 1), s))};
+  if (activation == NormGate::kSilu) return silu_and_slope<kPrecision>(d, z);
+  return sigmoid_and_slope<kPrecision>(d, z);
+}
+
+// Rows whose first pass is done.
+template <typename T, int kRowsOf>
+struct ForwardRows {
+  static constexpr int kRows = kRowsOf;
+  const T* x[kRows];  // or the sum that takes its place
+  Acc<T> r[kRows];
+};
+
+template <int kRows, typename T>
+HWY_INLINE ForwardRows<T, kRows> begin_forward(const NormParams& p, int64_t first, T* sum) {
+  using A = Acc<T>;
+  const hn::ScalableTag<A> d;
+  ForwardRows<T, kRows> rows;
+  hn::Vec<decltype(d)> squares[kRows];
+  HWY_UNROLL(4)
+  for (int k = 0; k < kRows; ++k) {
+    const int64_t row = first + k;
+    const T* x = row_of<T>(p.x, p.x_layout, row, p.dim);
+    if (p.add != nullptr) {
+      const T* add = row_of<T>(p.add, p.add_layout, row, p.dim);
+      const Output to_sum;
+      const OutputRows<T, 1> out = {{&to_sum}, {sum + row * p.dim}};
+      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+        const auto scale = hn::Set(bundle.d, static_cast<A>(p.add_scale));
+        const auto more = bundle.load(add + i);
+        auto v = bundle.load(x + i);
+        for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::MulAdd(scale, more[j], v[j]);
+        return std::array{v};
+      };
+      map_bundles<T>(0, p.dim, make, out);
+      x = out.row[0];
+    }
+    hn::Vec<decltype(d)> total[1];
+    sum_bundles<T>(p.dim, total, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
+      const auto v = bundle.load(x + i);
+      for (int j = 0; j < bundle.kCount; ++j) sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
+    });
+    squares[k] = total[0];
+    rows.x[k] = x;
+  }
+  A sums[kRows];
+  sums_of_lanes(d, squares, sums);
+  inverse_norms<kRows>(p, sums, rows.r);
+  return rows;
 }
 
 // `weight` in its own order; null: ones.
-template <bool kGate, int kRows, typename T>
-HWY_INLINE void forward_rows(const NormParams& p, const Output& to, const Acc<T>* weight,
-                             int64_t first, int64_t end, T* y, T* sum) {
-  using A = Acc<T>;
-  const T *x[kRows], *gate[kRows], *next_x[kRows], *next_gate[kRows];
-  A r[kRows];
-  for (int k = 0; k < kRows; ++k) {
-    const int64_t row = first + k;
-    x[k] = row_of<T>(p.x, p.x_layout, row, p.dim);
-    gate[k] = row_of<T>(p.gate, p.gate_layout, row, p.dim);
-    next_x[k] = next_row<T>(p.x, p.x_layout, row + kRows, end, p.dim);
-    next_gate[k] = next_row<T>(p.gate, p.gate_layout, row + kRows, end, p.dim);
-    if (p.add != nullptr) {
-      const T *add = row_of<T>(p.add, p.add_layout, row, p.dim), *in = x[k];
-      T* total = sum + row * p.dim;
-      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
-        const auto scale = hn::Set(bundle.d, static_cast<A>(p.add_scale));
-        const auto more = bundle.load(add + i);
-        auto v = bundle.load(in + i);
-        for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::MulAdd(scale, more[j], v[j]);
-        bundle.store(Output(), v, total + i);
-      });
-      x[k] = total;
-    }
-    r[k] = inverse_norm(p, sum_of_squares(x[k], p.dim));
-  }
-  for (int k = 0; k < kRows; ++k) {
-    const T *in = x[k], *z = gate[k], *fetch_x = next_x[k], *fetch_gate = next_gate[k];
-    T* out = y + (first + k) * p.dim;
-    const A scale = r[k];
-    for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+template <bool kGate, typename Rows, typename T>
+HWY_INLINE void finish_forward(const NormParams& p, const Output& to, const Acc<T>* weight,
+                               const Rows& rows, int64_t first, int64_t end, T* y) {
+  for (int k = 0; k < Rows::kRows; ++k) {
+    const int64_t row = first + k, next = row + Rows::kRows;
+    const T *x = rows.x[k], *gate = row_of<T>(p.gate, p.gate_layout, row, p.dim);
+    const T* next_x = next_row<T>(p.x, p.x_layout, next, end, p.dim);
+    const T* next_gate = next_row<T>(p.gate, p.gate_layout, next, end, p.dim);
+    const Acc<T> scale = rows.r[k];
+    const OutputRows<T, 1> out = {{&to}, {y + row * p.dim}};
+    const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
       const auto d = bundle.d;
-      fetch(fetch_x, i);
-      auto v = bundle.load(in + i);
+      fetch(next_x, i);
+      auto v = bundle.load(x + i);
       for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Mul(v[j], hn::Set(d, scale));
       if (weight != nullptr) {
         const auto w = bundle.load_own(weight + i);
         for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Mul(v[j], w[j]);
       }
       if constexpr (kGate) {
-        fetch(fetch_gate, i);
-        const auto act = bundle.load(z + i);
+        fetch(next_gate, i);
+        const auto act = bundle.load(gate + i);
         for (int j = 0; j < bundle.kCount; ++j) {
           v[j] =
-              hn::Mul(v[j], p.activation == NormGate::kSilu ? silu(d, act[j]) : sigmoid(d, act[j]));
+              hn::Mul(v[j], p.activation == NormGate::kSilu ? silu<kPrecisionOf<T>>(d, act[j])
+                                                            : sigmoid<kPrecisionOf<T>>(d, act[j]));
         }
       }
-      bundle.store(to, v, out + i);
-    });
+      return std::array{v};
+    };
+    map_bundles<T>(0, p.dim, make, out);
   }
 }
 
@@ -139,9 +165,10 @@ void forward(const NormParams& p, T* y, T* sum) {
   const Output to(tensors * p.rows * row_bytes, y, row_bytes);
   const OwnOrder<T> weight(static_cast<const Acc<T>*>(p.weight), p.dim);
   parallel_for(0, p.rows, row_grain(p.dim), [&](int64_t begin, int64_t end) HWY_ATTR {
-    for_rows(begin, end, p.dim < kLongRow ? kShortRows : 1, [&](auto rows, int64_t row) HWY_ATTR {
-      p.gate != nullptr ? forward_rows<true, rows.value>(p, to, weight.data(), row, end, y, sum)
-                        : forward_rows<false, rows.value>(p, to, weight.data(), row, end, y, sum);
+    for_rows(begin, end, p.dim < kLongRow ? kShortRows : 1, [&](auto count, int64_t row) HWY_ATTR {
+      const auto rows = begin_forward<count.value>(p, row, sum);
+      p.gate != nullptr ? finish_forward<true>(p, to, weight.data(), rows, row, end, y)
+                        : finish_forward<false>(p, to, weight.data(), rows, row, end, y);
     });
     to.finish();
   });
@@ -159,63 +186,110 @@ struct BackwardCall {
 // With n = x * r and h = dy * act(gate) * weight:
 //   dx = r * (h - n * m * sum(h * n)), dgate = dy * n * weight * act'(gate), dweight = sum over
 //   rows of dy * act * n.
-// Both sums are taken in one pass, for sum(h * n) = r * sum(h * x). `scratch` [kRows, 2, dim] takes
-// over what the gate makes of the rows to the second pass. `dweight`, in its own order, or null.
-template <bool kGate, int kRows, typename T>
-HWY_INLINE void backward_rows(const BackwardCall<T>& call, int64_t first_row, int64_t end,
-                              Acc<T>* scratch, Acc<T>* dweight) {
+// Both sums are taken in the first pass, for sum(h * n) = r * sum(h * x). `scratch` [kRows, 2, dim]
+// takes over what the gate makes of the rows to the second one.
+template <typename T, int kRowsOf>
+struct BackwardRows {
+  static constexpr int kRows = kRowsOf;
+  Acc<T> r[kRows], of_x[kRows];
+  const Acc<T>* scratch;
+};
+
+template <int kRows, bool kGate, typename T>
+HWY_INLINE BackwardRows<T, kRows> begin_backward(const BackwardCall<T>& call, int64_t first,
+                                                 Acc<T>* scratch) {
   using A = Acc<T>;
+  const NormParams& p = call.p;
+  const A* weight = call.weight;
+  const int64_t dim = p.dim;
+  const hn::ScalableTag<A> d;
+  BackwardRows<T, kRows> rows;
+  rows.scratch = scratch;
+  hn::Vec<decltype(d)> squares[kRows], dots[kRows];
+  HWY_UNROLL(4)
+  for (int k = 0; k < kRows; ++k) {
+    const int64_t row = first + k;
+    const T* x = row_of<T>(p.x, p.x_layout, row, dim);
+    const T* dy = row_of<T>(call.grads.dy, call.grads.dy_layout, row, dim);
+    const T* gate = row_of<T>(p.gate, p.gate_layout, row, dim);
+    A* gated = kGate ? scratch + 2 * k * dim : nullptr;
+    hn::Vec<decltype(d)> totals[2];
+    sum_bundles<T>(dim, totals, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
+      const auto v = bundle.load(x + i);
+      auto g = bundle.load(dy + i), weighted = v;
+      if (weight != nullptr) {
+        const auto w = bundle.load_own(weight + i);
+        for (int j = 0; j < bundle.kCount; ++j) weighted[j] = hn::Mul(v[j], w[j]);
+      }
+      if constexpr (kGate) {
+        auto act = bundle.load(gate + i);
+        for (int j = 0; j < bundle.kCount; ++j) {
+          const auto a = activate<kPrecisionOf<T>>(bundle.d, act[j], p.activation);
+          act[j] = hn::Mul(hn::Mul(g[j], weighted[j]), a.slope);
+          g[j] = hn::Mul(g[j], a.value);
+        }
+        bundle.store_own(act, gated + dim + i);
+        bundle.store_own(g, gated + i);
+      }
+      for (int j = 0; j < bundle.kCount; ++j) {
+        sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
+        sums[1][j] = hn::MulAdd(g[j], weighted[j], sums[1][j]);
+      }
+    });
+    squares[k] = totals[0];
+    dots[k] = totals[1];
+  }
+  A sums[kRows], dot[kRows];
+  sums_of_lanes(d, squares, sums);
+  sums_of_lanes(d, dots, dot);
+  inverse_norms<kRows>(p, sums, rows.r);
+  const A mean = p.kind == NormKind::kRms ? A{1} / static_cast<A>(dim) : A{1};
+  for (int k = 0; k < kRows; ++k) {
+    const A r = rows.r[k];
+    rows.of_x[k] = -dot[k] * mean * r * r * r;
+  }
+  return rows;
+}
+
+// `dweight`, in its own order, or null.
+template <bool kGate, typename Rows, typename T>
+HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, int64_t first,
+                                int64_t end, Acc<T>* dweight) {
+  using A = Acc<T>;
+  constexpr int kRows = Rows::kRows, kOutputs = kGate ? 2 * kRows : kRows;
   const NormParams& p = call.p;
   const NormGrads& grads = call.grads;
   const A* weight = call.weight;
   const int64_t dim = p.dim;
-  const T *x[kRows], *dy[kRows], *gate[kRows], *dsum[kRows];
+  const T *x[kRows], *dy[kRows], *dsum[kRows];
   const T *next_x[kRows], *next_dy[kRows], *next_gate[kRows];
-  A r[kRows], of_x[kRows];
+  A r[kRows], of_x[kRows];  // which no store can change
+  OutputRows<T, kOutputs> out;
+  HWY_UNROLL(4)
   for (int k = 0; k < kRows; ++k) {
-    const int64_t row = first_row + k, next = row + kRows;
+    r[k] = rows.r[k];
+    of_x[k] = rows.of_x[k];
+    const int64_t row = first + k, next = row + kRows;
     x[k] = row_of<T>(p.x, p.x_layout, row, dim);
     dy[k] = row_of<T>(grads.dy, grads.dy_layout, row, dim);
-    gate[k] = row_of<T>(p.gate, p.gate_layout, row, dim);
     dsum[k] = row_of<T>(grads.dsum, grads.dsum_layout, row, dim);
     next_x[k] = next_row<T>(p.x, p.x_layout, next, end, dim);
     next_dy[k] = next_row<T>(grads.dy, grads.dy_layout, next, end, dim);
     next_gate[k] = next_row<T>(p.gate, p.gate_layout, next, end, dim);
-    A *gated = scratch + 2 * k * dim, *slopes = gated + dim;
-    const T *in = x[k], *gradient = dy[k], *z = gate[k];
-    const auto [squares, dot] =
-        sum_bundles<T, 2>(dim, [&](auto bundle, int64_t i, auto& sums) HWY_ATTR {
-          const auto v = bundle.load(in + i);
-          auto g = bundle.load(gradient + i), weighted = v;
-          if (weight != nullptr) {
-            const auto w = bundle.load_own(weight + i);
-            for (int j = 0; j < bundle.kCount; ++j) weighted[j] = hn::Mul(v[j], w[j]);
-          }
-          if constexpr (kGate) {
-            auto act = bundle.load(z + i);
-            for (int j = 0; j < bundle.kCount; ++j) {
-              const auto a = activate(bundle.d, act[j], p.activation);
-              act[j] = hn::Mul(hn::Mul(g[j], weighted[j]), a.slope);
-              g[j] = hn::Mul(g[j], a.value);
-            }
-            bundle.store_own(act, slopes + i);
-            bundle.store_own(g, gated + i);
-          }
-          for (int j = 0; j < bundle.kCount; ++j) {
-            sums[0][j] = hn::MulAdd(v[j], v[j], sums[0][j]);
-            sums[1][j] = hn::MulAdd(g[j], weighted[j], sums[1][j]);
-          }
-        });
-    r[k] = inverse_norm(p, squares);
-    of_x[k] = -(p.kind == NormKind::kRms ? dot / static_cast<A>(dim) : dot) * r[k] * r[k] * r[k];
+    out.to[k] = &call.to;
+    out.row[k] = static_cast<T*>(grads.dx) + row * dim;
+    if constexpr (kGate) {
+      out.to[kRows + k] = &call.to_gate;
+      out.row[kRows + k] = static_cast<T*>(grads.dgate) + row * dim;
+    }
   }
-  T* dx = static_cast<T*>(grads.dx) + first_row * dim;
-  T* dgate = kGate ? static_cast<T*>(grads.dgate) + first_row * dim : nullptr;
-  for_bundles<T>(0, dim, [&](auto bundle, int64_t i) HWY_ATTR {
+  const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
     const auto d = bundle.d;
+    std::array<typename decltype(bundle)::Vectors, kOutputs> results;
     auto w = bundle.zero(), dw = w;
     if (weight != nullptr) w = bundle.load_own(weight + i);
     if (dweight != nullptr) dw = bundle.load_own(dweight + i);
+    HWY_UNROLL(4)
     for (int k = 0; k < kRows; ++k) {
       fetch(next_x[k], i);
       fetch(next_dy[k], i);
@@ -223,10 +297,10 @@ HWY_INLINE void backward_rows(const BackwardCall<T>& call, int64_t first_row, in
       auto v = bundle.load(x[k] + i), g = v;
       if constexpr (kGate) {
         fetch(next_gate[k], i);
-        const A* gated = scratch + 2 * k * dim;
+        const A* gated = rows.scratch + 2 * k * dim;
         auto slope = bundle.load_own(gated + dim + i);
         for (int j = 0; j < bundle.kCount; ++j) slope[j] = hn::Mul(scale, slope[j]);
-        bundle.store(call.to_gate, slope, dgate + k * dim + i);
+        results[kRows + k] = slope;
         g = bundle.load_own(gated + i);
       } else {
         g = bundle.load(dy[k] + i);
@@ -241,10 +315,22 @@ HWY_INLINE void backward_rows(const BackwardCall<T>& call, int64_t first_row, in
         const auto more = bundle.load(dsum[k] + i);
         for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Add(v[j], more[j]);
       }
-      bundle.store(call.to, v, dx + k * dim + i);
+      results[k] = v;
     }
     if (dweight != nullptr) bundle.store_own(dw, dweight + i);
-  });
+    return results;
+  };
+  map_bundles<T, kOutputs <= 2>(0, dim, make, out);
+}
+
+template <bool kGate, typename T>
+void backward_block(const BackwardCall<T>& call, int64_t begin, int64_t end, Acc<T>* scratch,
+                    Acc<T>* dweight) {
+  for_rows(begin, end, call.p.dim < kLongRow ? kShortRows : 2,
+           [&](auto count, int64_t row) HWY_ATTR {
+             const auto rows = begin_backward<count.value, kGate>(call, row, scratch);
+             finish_backward<kGate>(call, rows, row, end, dweight);
+           });
 }
 
 template <typename T>
@@ -262,13 +348,8 @@ void backward(const NormParams& p, const NormGrads& grads) {
     PageVector<A> scratch(p.gate == nullptr ? 0 : 2 * kShortRows * p.dim);
     for (int64_t block = first; block < last; ++block) {
       A* dweight = partial.empty() ? nullptr : partial.data() + block * p.dim;
-      const int64_t end = blocks.end(block);
-      for_rows(blocks.begin(block), end, p.dim < kLongRow ? kShortRows : 2,
-               [&](auto rows, int64_t row) HWY_ATTR {
-                 p.gate != nullptr
-                     ? backward_rows<true, rows.value>(call, row, end, scratch.data(), dweight)
-                     : backward_rows<false, rows.value>(call, row, end, scratch.data(), dweight);
-               });
+      const auto run = p.gate != nullptr ? backward_block<true, T> : backward_block<false, T>;
+      run(call, blocks.begin(block), blocks.end(block), scratch.data(), dweight);
     }
     call.to.finish();
     call.to_gate.finish();

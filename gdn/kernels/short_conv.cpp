@@ -7,6 +7,7 @@
 #include "gdn/kernels/short_conv.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 #include <vector>
@@ -153,16 +154,16 @@ struct Operands {
 // waits for an earlier store to another row, because the lower bits of their addresses are the
 // same.
 template <int kCount, typename T, int kW>
-void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_t first,
-                    int64_t last, T* y) {
+void forward_tokens(const Operands<T, kW>& in, const Output& to, const Run& run, int64_t t,
+                    int64_t first, int64_t last, T* y) {
   const ShortConvParams& p = in.p;
   const T* rows[kMaxConvWidth + kCount];
   in.rows(run, t, kCount, rows);
-  for_bundles<T>(first, last, [&](auto bundle, int64_t c) HWY_ATTR {
+  const auto make = [&](auto bundle, int64_t c) HWY_ATTR {
     const int width = in.width();  // a constant, which a captured one would not be
     const auto d = bundle.d;
     const auto bias = in.bias_at(bundle, c);
-    typename decltype(bundle)::Vectors out[kCount];
+    std::array<typename decltype(bundle)::Vectors, kCount> out;
     HWY_UNROLL(16)
     for (int m = 0; m < bundle.kCount; ++m) {
       hn::Vec<decltype(bundle.d)> w[kMaxConvWidth], x[kMaxConvWidth + kCount];
@@ -172,19 +173,23 @@ void forward_tokens(const Operands<T, kW>& in, const Run& run, int64_t t, int64_
       for (int r = 0; r < kCount; ++r) out[r][m] = in.convolve(bias[m], w, x + r);
       if (p.silu) {
         HWY_UNROLL(16)
-        for (int r = 0; r < kCount; ++r) out[r][m] = silu(d, out[r][m]);
+        for (int r = 0; r < kCount; ++r) out[r][m] = silu<kPrecisionOf<T>>(d, out[r][m]);
       }
     }
+    return out;
+  };
+  const auto store = [&](auto bundle, int64_t c, const auto& out) HWY_ATTR {
     HWY_UNROLL(16)
-    for (int r = 0; r < kCount; ++r) {
-      bundle.store(Output(), out[r], y + (t + r) * p.channels + c);
-    }
-  });
+    for (int r = 0; r < kCount; ++r) bundle.store(to, out[r], y + (t + r) * p.channels + c);
+  };
+  map_bundles<T, WholeBundle<T>::kCount == 1>(first, last, make, store);
 }
 
 template <typename T, int kW>
 void forward(const ShortConvParams& p, T* y) {
   const Operands<T, kW> in(p);
+  const int64_t row_bytes = p.channels * static_cast<int64_t>(sizeof(T));
+  const Output to(2 * p.total_tokens * row_bytes, y, row_bytes);
   const std::vector<Run> tiles = short_conv::make_tiles(p, kForwardRows);
   const int64_t chunks = (p.channels + kChunk - 1) / kChunk;
   parallel_for(0, tiles.size() * chunks, 4, [&](int64_t begin, int64_t end) HWY_ATTR {
@@ -193,10 +198,11 @@ void forward(const ShortConvParams& p, T* y) {
       const int64_t first = task % chunks * kChunk, last = std::min(first + kChunk, p.channels);
       int64_t t = tile.tokens.begin;
       for (; t + kForwardRows <= tile.tokens.end; t += kForwardRows) {
-        forward_tokens<kForwardRows>(in, tile, t, first, last, y);
+        forward_tokens<kForwardRows>(in, to, tile, t, first, last, y);
       }
-      for (; t < tile.tokens.end; ++t) forward_tokens<1>(in, tile, t, first, last, y);
+      for (; t < tile.tokens.end; ++t) forward_tokens<1>(in, to, tile, t, first, last, y);
     }
+    to.finish();
   });
 }
 
@@ -215,7 +221,13 @@ struct BackwardGroup {
   using A = Acc<T>;
 
   BackwardGroup(const Operands<T, kW>& in, const ShortConvGrads& g, const A* d_final, A* d_history)
-      : in(in), g(g), d_final(d_final), d_history(d_history), carried(3 * in.p.width * kChunk) {}
+      : in(in),
+        g(g),
+        d_final(d_final),
+        d_history(d_history),
+        to(3 * in.p.total_tokens * in.p.channels * static_cast<int64_t>(sizeof(T)), g.dx,
+           in.p.channels * static_cast<int64_t>(sizeof(T))),
+        carried(3 * in.p.width * kChunk) {}
 
   // Channels [first, last) of the runs; writes their sums to rows of all channels [W+1, C].
   void run(const std::vector<Run>& runs, int64_t first_channel, int64_t last_channel, A* sums) {
@@ -252,6 +264,7 @@ struct BackwardGroup {
                      sums + j * in.p.channels + c);
       }
     });
+    to.finish();
   }
 
  private:
@@ -326,7 +339,7 @@ struct BackwardGroup {
             HWY_UNROLL(16)
             for (int r = 0; r < kCount; ++r) {
               const V pre = in.convolve(bias[m], w, x + r);
-              now[r] = hn::Mul(now[r], silu_and_slope(d, pre).slope);
+              now[r] = hn::Mul(now[r], silu_and_slope<kPrecisionOf<T>>(d, pre).slope);
             }
           }
         }
@@ -357,7 +370,7 @@ struct BackwardGroup {
             const auto more = bundle.load(from_final[r] + c);
             for (int m = 0; m < bundle.kCount; ++m) out[r][m] = hn::Add(out[r][m], more[m]);
           }
-          bundle.store(Output(), out[r], dx[r] + c);
+          bundle.store(to, out[r], dx[r] + c);
         } else if (before[r] != nullptr) {
           bundle.store(Output(), out[r], before[r] + c);
         }
@@ -369,6 +382,7 @@ struct BackwardGroup {
   const ShortConvGrads& g;
   const A* d_final;  // [N, W, C] or null
   A* d_history;      // [N, W, C] or null
+  const Output to;   // dx
   PageVector<A> carried;
   Run tokens = {};
   int64_t first = 0, last = 0;  // channels
@@ -458,7 +472,7 @@ void step_channels(const ShortConvParams& p, const T* x, T* history, T* y, int64
       v = hn::MulAdd(w1, widen<T>(d, x1), v);
       v = hn::MulAdd(w2, widen<T>(d, x2), v);
       v = hn::MulAdd(w3, widen<T>(d, x3), v);
-      if (p.silu) v = silu(d, v);
+      if (p.silu) v = silu<kPrecisionOf<T>>(d, v);
       store_as(d, v, y + c);
     }
   }
@@ -470,7 +484,7 @@ void step_channels(const ShortConvParams& p, const T* x, T* history, T* y, int64
     auto v = bias == nullptr ? hn::Zero(d1) : hn::LoadU(d1, bias + c);
     for (int j = 0; j < p.width; ++j)
       v = hn::MulAdd(hn::LoadU(d1, weight + c * p.width + j), load_as(d1, h + j), v);
-    if (p.silu) v = silu(d1, v);
+    if (p.silu) v = silu<kPrecisionOf<T>>(d1, v);
     store_as(d1, v, y + c);
   }
 }

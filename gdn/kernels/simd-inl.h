@@ -36,6 +36,30 @@ HWY_INLINE void for_lanes(int64_t n, F&& f) {
   for (; i < n; ++i) f(d1, i);
 }
 
+// Calls store(i, make(i)) for each whole step in [0, n), and returns where they end. What is made
+// is stored two steps late: a load waits for an earlier store whose address has the same 12 lower
+// bits, and large tensors that malloc cuts from one piece of memory lie whole pages and a line or
+// two apart, so that what the next steps load from an input would meet the last stores to the
+// output behind it.
+template <class Make, class Store>
+HWY_INLINE int64_t store_late(int64_t n, int64_t step, const Make& make, const Store& store) {
+  const int64_t end = n - n % step;
+  if (end < 2 * step) {
+    if (end > 0) store(0, make(0));
+    return end;
+  }
+  auto before = make(0), last = make(step);
+  for (int64_t i = 2 * step; i < end; i += step) {
+    const auto now = make(i);
+    store(i - 2 * step, before);
+    before = last;
+    last = now;
+  }
+  store(end - 2 * step, before);
+  store(end - step, last);
+  return end;
+}
+
 // Sum over i of f(d, i) with four chains, so that the additions' latency is hidden.
 template <typename A, class F>
 HWY_INLINE A sum_lanes(int64_t n, F&& f) {
@@ -174,6 +198,17 @@ class Output {
   bool past_caches_;
 };
 
+// Like for_lanes(), for an f(d, i) that returns what goes to y[i]; late.
+template <typename A, class F, typename T>
+HWY_INLINE void map_lanes(int64_t n, const Output& to, T* y, F&& f) {
+  const hn::ScalableTag<A> d;
+  int64_t i = store_late(
+      n, hn::Lanes(d), [&](int64_t i) HWY_ATTR { return f(d, i); },
+      [&](int64_t i, auto v) HWY_ATTR { to.store(d, v, y + i); });
+  const hn::CappedTag<A, 1> d1;
+  for (; i < n; ++i) to.store(d1, f(d1, i), y + i);
+}
+
 // The elements of a row that a kernel takes at once, as kCount vectors. Kernels that work element
 // by element or sum over rows do not care which lane an element is in: 32 elements of HardwareBf16
 // become the even and the odd ones, one operation each, where widening them in order takes two
@@ -281,10 +316,39 @@ HWY_INLINE void for_bundles(int64_t begin, int64_t n, F&& f) {
   for (; i < n; ++i) f(one, i);
 }
 
-// kSums sums over a row of T: f(bundle, i, sums) adds what elements [i, i + bundle.size()) give to
-// each of sums[kSums]. Four chains per sum hide the additions' latency.
+// Rows of outputs, as what map_bundles() stores to.
+template <typename T, int kOutputs>
+struct OutputRows {
+  const Output* to[kOutputs];
+  T* row[kOutputs];
+
+  template <class Bundle, class Results>
+  HWY_INLINE void operator()(Bundle bundle, int64_t i, const Results& results) const {
+    HWY_UNROLL(8)
+    for (int o = 0; o < kOutputs; ++o) bundle.store(*to[o], results[o], row[o] + i);
+  }
+};
+
+// Calls store(bundle, i, make(bundle, i)) where for_bundles() would call f(bundle, i). If kLate,
+// what is made of whole bundles is stored late: not for more of it than registers can keep.
+template <typename T, bool kLate = true, class Make, class Store>
+HWY_INLINE void map_bundles(int64_t begin, int64_t n, const Make& make, const Store& store) {
+  int64_t done = begin;
+  if constexpr (kLate) {
+    const WholeBundle<T> whole{};
+    done += store_late(
+        n - begin, whole.size(), [&](int64_t i) HWY_ATTR { return make(whole, begin + i); },
+        [&](int64_t i, const auto& results) HWY_ATTR { store(whole, begin + i, results); });
+  }
+  for_bundles<T>(done, n,
+                 [&](auto bundle, int64_t i) HWY_ATTR { store(bundle, i, make(bundle, i)); });
+}
+
+// kSums sums over a row of T, in parts that stand in the lanes of `totals`: f(bundle, i, sums) adds
+// what elements [i, i + bundle.size()) give to each of sums[kSums]. Four chains per sum hide the
+// additions' latency.
 template <typename T, int kSums, class F>
-HWY_INLINE std::array<Acc<T>, kSums> sum_bundles(int64_t n, F&& f) {
+HWY_INLINE void sum_bundles(int64_t n, hn::Vec<hn::ScalableTag<Acc<T>>> (&totals)[kSums], F&& f) {
   using A = Acc<T>;
   const WholeBundle<T> whole{};
   constexpr int kUnroll = 4 / whole.kCount;
@@ -298,7 +362,6 @@ HWY_INLINE std::array<Acc<T>, kSums> sum_bundles(int64_t n, F&& f) {
   }
   for (; i + whole.size() <= n; i += whole.size()) f(whole, i, sums[0]);
   const hn::ScalableTag<A> d;
-  hn::Vec<decltype(d)> totals[kSums];
   for (int s = 0; s < kSums; ++s) {
     totals[s] = sums[0][s][0];
     for (int u = 0; u < kUnroll; ++u) {
@@ -313,15 +376,48 @@ HWY_INLINE std::array<Acc<T>, kSums> sum_bundles(int64_t n, F&& f) {
     for (; i + Vector{}.size() <= n; i += Vector{}.size()) f(Vector{}, i, rest);
     for (int s = 0; s < kSums; ++s) totals[s] = rest[s][0];
   }
+  if (i == n) return;
   using One = Bundle<hn::CappedTag<A, 1>, 1>;
   typename One::Vectors tail[kSums];
   for (auto& t : tail) t = One{}.zero();
   for (; i < n; ++i) f(One{}, i, tail);
-  std::array<A, kSums> out;
   for (int s = 0; s < kSums; ++s) {
-    out[s] = hn::GetLane(hn::SumOfLanes(d, totals[s])) + hn::GetLane(tail[s][0]);
+    HWY_ALIGN A first_lane[HWY_MAX_BYTES / sizeof(A)] = {hn::GetLane(tail[s][0])};
+    totals[s] = hn::Add(totals[s], hn::Load(d, first_lane));
   }
-  return out;
+}
+
+#if HWY_TARGET != HWY_SCALAR
+// The sum of the blocks of four lanes.
+template <class D>
+HWY_INLINE void store_block_sums(D d, hn::Vec<D> v, hn::TFromD<D>* sums) {
+  if constexpr (hn::MaxLanes(D()) > 4) {
+    const hn::Half<D> half;
+    store_block_sums(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)), sums);
+  } else {
+    hn::StoreU(v, d, sums);
+  }
+}
+#endif
+
+// The sums of the lanes of kCount vectors.
+template <class D, int kCount>
+HWY_INLINE void sums_of_lanes(D d, const hn::Vec<D> (&v)[kCount], hn::TFromD<D>* sums) {
+#if HWY_TARGET != HWY_SCALAR
+  if constexpr (kCount == 4 && sizeof(hn::TFromD<D>) == 4) {
+    // Together: in each block of four lanes first two of each vector's, then each one's sum.
+    const hn::RepartitionToWide<hn::RebindToUnsigned<D>> pairs;
+    const auto two_sums = [&](auto a, auto b) HWY_ATTR {
+      return hn::BitCast(pairs,
+                         hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)));
+    };
+    const auto first = two_sums(v[0], v[1]), second = two_sums(v[2], v[3]);
+    const auto lower = hn::BitCast(d, hn::InterleaveLower(pairs, first, second));
+    const auto upper = hn::BitCast(d, hn::InterleaveUpper(pairs, first, second));
+    return store_block_sums(d, hn::Add(lower, upper), sums);
+  }
+#endif
+  for (int k = 0; k < kCount; ++k) sums[k] = hn::GetLane(hn::SumOfLanes(d, v[k]));
 }
 
 // Adds rows [count, n] up into the first of them, in their order.
@@ -359,6 +455,19 @@ class OwnOrder {
   const A* row_;
   PageVector<A> copy_;
 };
+
+// How near an activation comes to its value: to a few units in the last place of fp32, or to 2^-12
+// of itself, a tenth of what rounding to bf16 may add. The latter where instructions for bf16 make
+// everything around it so cheap that exponentials and divisions are most of a kernel.
+enum class Precision : uint8_t { kFull, kBf16 };
+#if HWY_TARGET == HWY_AVX3
+template <typename T>
+inline constexpr Precision kPrecisionOf =
+    std::is_same_v<T, HardwareBf16> ? Precision::kBf16 : Precision::kFull;
+#else
+template <typename T>
+inline constexpr Precision kPrecisionOf = Precision::kFull;
+#endif
 
 // With fused products exponentials and what is made of them are built from parts that share what
 // they can.
@@ -402,8 +511,11 @@ HWY_INLINE V power_of(D d, V shifted) {
   return hn::BitCast(d, hn::Add(hn::BitCast(du, look_up(kPowers, k)), hn::ShiftLeft<19>(k)));
 }
 // 2^f, |f| <= 1/32.
-template <class D, class V>
+template <Precision kPrecision, class D, class V>
 HWY_INLINE V small_power(D d, V f) {
+  if constexpr (kPrecision == Precision::kBf16) {
+    return hn::MulAdd(f, hn::Set(d, 0.6932f), hn::Set(d, 1.000117f));
+  }
   auto p = hn::MulAdd(f, hn::Set(d, 0.0555021364f), hn::Set(d, 0.240234288f));
   p = hn::MulAdd(p, f, hn::Set(d, 0.693147183f));
   return hn::MulAdd(p, f, hn::Set(d, 1.0f));
@@ -418,7 +530,7 @@ HWY_INLINE V power_of(D d, V shifted) {
   return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::BitCast(du, shifted), hn::Set(du, 127))));
 }
 // 2^f, |f| <= 1/2.
-template <class D, class V>
+template <Precision kPrecision, class D, class V>
 HWY_INLINE V small_power(D d, V f) {
   auto p = hn::MulAdd(f, hn::Set(d, 0.0013276472f), hn::Set(d, 0.009675541f));
   p = hn::MulAdd(p, f, hn::Set(d, 0.05550713f));
@@ -428,29 +540,42 @@ HWY_INLINE V small_power(D d, V f) {
 }
 #endif
 
-// exp(sign x) = fraction * power for kExpZero <= sign x <= kExpInfinite, to 2e-7 and 2e-8 |x| of
-// itself: power is the nearest 2^(k / kPowerSteps), and the fraction, which hands on NaN, a
-// polynomial.
+// exp(sign x) = fraction * power for kExpZero <= sign x <= kExpInfinite, in full to 2e-7 and
+// 2e-8 |x| of itself: power is the nearest 2^(k / kPowerSteps), and the fraction, which hands on
+// NaN, a polynomial.
 template <class V>
 struct ExpParts {
   V fraction, power;
 };
-template <int kSign, class D, class V>
+template <int kSign, Precision kPrecision = Precision::kFull, class D, class V>
 HWY_INLINE ExpParts<V> exp_parts(D d, V x) {
   const auto log2e = hn::Set(d, kSign * 1.44269504f);
   // Adding 1.5 * 2^23 steps rounds to a whole number of steps, which then stands in the lower bits.
   const auto shift = hn::Set(d, 12582912.0f / kPowerSteps);
   const auto shifted = hn::MulAdd(x, log2e, shift);
   const auto f = hn::MulSub(x, log2e, hn::Sub(shifted, shift));
-  return {small_power(d, f), power_of(d, shifted)};
+  return {small_power<kPrecision>(d, f), power_of(d, shifted)};
 }
 
 // 1 + exp(-x). Min and Max return a NaN that comes second.
-template <class D, class V>
+template <Precision kPrecision, class D, class V>
 HWY_INLINE V one_plus_exp_of_negative(D d, V x) {
   x = hn::Min(hn::Set(d, -kExpZero - 1), hn::Max(hn::Set(d, -kExpInfinite), x));
-  const auto e = exp_parts<-1>(d, x);
+  const auto e = exp_parts<-1, kPrecision>(d, x);
   return hn::MulAdd(e.fraction, e.power, hn::Set(d, 1.0f));
+}
+
+// y / x
+template <Precision kPrecision, class V>
+HWY_INLINE V quotient(V y, V x) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kPrecision == Precision::kBf16) {
+    V inverse;
+    asm("vrcp14ps %1, %0" : "=v"(inverse.raw) : "v"(x.raw));
+    return hn::Mul(y, inverse);
+  }
+#endif
+  return hn::Div(y, x);
 }
 
 // log(1 + e) for 0 <= e <= 1, to 1e-7 of itself.
@@ -514,13 +639,13 @@ HWY_INLINE V exp_of(D d, V x) {
   return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
 }
 
-// To a few units in the last place; results below the normal range may be 0.
-template <class D, class V>
+// Results below the normal range may be 0.
+template <Precision kPrecision = Precision::kFull, class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
   const auto one = hn::Set(d, 1);
 #if GDN_SIMD_FUSED
   if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    return hn::Div(one, one_plus_exp_of_negative(d, x));
+    return quotient<kPrecision>(one, one_plus_exp_of_negative<kPrecision>(d, x));
   }
 #endif
   // By exp(-|x|), which cannot overflow and keeps the relative precision of small results.
@@ -529,12 +654,37 @@ HWY_INLINE V sigmoid(D d, V x) {
 }
 
 // x sigmoid(x)
-template <class D, class V>
+template <Precision kPrecision = Precision::kFull, class D, class V>
 HWY_INLINE V silu(D d, V x) {
 #if GDN_SIMD_FUSED
-  if constexpr (sizeof(hn::TFromD<D>) == 4) return hn::Div(x, one_plus_exp_of_negative(d, x));
+  if constexpr (sizeof(hn::TFromD<D>) == 4) {
+    return quotient<kPrecision>(x, one_plus_exp_of_negative<kPrecision>(d, x));
+  }
 #endif
   return hn::Mul(x, sigmoid(d, x));
+}
+
+// sigmoid(x) and 1 - sigmoid(x); coarse ones of an x below the smallest are those of that.
+inline constexpr float kSmallestForRest = -87.0f;
+template <class V>
+struct SigmoidParts {
+  V s, rest;
+};
+template <Precision kPrecision, class D, class V>
+HWY_INLINE SigmoidParts<V> sigmoid_parts(D d, V x) {
+  const auto one = hn::Set(d, 1);
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kPrecision == Precision::kBf16) {
+    // A coarse sigmoid cannot be taken from 1.
+    x = hn::Min(hn::Set(d, -kSmallestForRest), hn::Max(hn::Set(d, kSmallestForRest), x));
+    const auto parts = exp_parts<-1, kPrecision>(d, x);
+    const auto e = hn::Mul(parts.fraction, parts.power);
+    const auto s = quotient<kPrecision>(one, hn::Add(one, e));
+    return {s, hn::Mul(s, e)};
+  }
+#endif
+  const auto s = sigmoid(d, x);
+  return {s, hn::Sub(one, s)};
 }
 
 // What an activation makes of x, and its derivative there.
@@ -543,10 +693,18 @@ struct Activation {
   V value, slope;
 };
 
-template <class D, class V>
+template <Precision kPrecision = Precision::kFull, class D, class V>
+HWY_INLINE Activation<V> sigmoid_and_slope(D d, V x) {
+  const auto parts = sigmoid_parts<kPrecision>(d, x);
+  return {parts.s, hn::Mul(parts.s, parts.rest)};
+}
+
+template <Precision kPrecision = Precision::kFull, class D, class V>
 HWY_INLINE Activation<V> silu_and_slope(D d, V x) {
-  const auto s = sigmoid(d, x), value = hn::Mul(x, s);
-  return {value, hn::MulAdd(value, hn::Sub(hn::Set(d, 1), s), s)};
+  const auto parts = sigmoid_parts<kPrecision>(d, x);
+  if constexpr (kPrecision == Precision::kBf16) x = hn::Max(hn::Set(d, kSmallestForRest), x);
+  const auto value = hn::Mul(x, parts.s);
+  return {value, hn::MulAdd(value, parts.rest, parts.s)};
 }
 
 // log(1 + exp(x)), which is x itself above 20, and its derivative, the sigmoid.

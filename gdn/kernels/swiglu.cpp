@@ -6,6 +6,7 @@
 // clang-format on
 #include "gdn/kernels/swiglu.h"
 
+#include <array>
 #include <cmath>
 
 #include "gdn/base/check.h"
@@ -24,12 +25,14 @@ void forward(const SwigluParams& p, T* y) {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
-      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
         const auto z = bundle.load(gate + i);
         auto out = bundle.load(up + i);
-        for (int j = 0; j < bundle.kCount; ++j) out[j] = hn::Mul(silu(bundle.d, z[j]), out[j]);
-        bundle.store(to, out, y + row * p.dim + i);
-      });
+        for (int j = 0; j < bundle.kCount; ++j)
+          out[j] = hn::Mul(silu<kPrecisionOf<T>>(bundle.d, z[j]), out[j]);
+        return std::array{out};
+      };
+      map_bundles<T>(0, p.dim, make, OutputRows<T, 1>{{&to}, {y + row * p.dim}});
     }
     to.finish();
   });
@@ -44,17 +47,18 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
       const int64_t out = row * p.dim;
-      for_bundles<T>(0, p.dim, [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
         const auto g = bundle.load(dy + out + i);
         auto z = bundle.load(gate + i), u = bundle.load(up + i);
         for (int j = 0; j < bundle.kCount; ++j) {
-          const auto act = silu_and_slope(bundle.d, z[j]);
+          const auto act = silu_and_slope<kPrecisionOf<T>>(bundle.d, z[j]);
           z[j] = hn::Mul(hn::Mul(g[j], u[j]), act.slope);
           u[j] = hn::Mul(g[j], act.value);
         }
-        bundle.store(to_gate, z, dgate + out + i);
-        bundle.store(to_up, u, dup + out + i);
-      });
+        return std::array{z, u};
+      };
+      const OutputRows<T, 2> rows = {{&to_gate, &to_up}, {dgate + out, dup + out}};
+      map_bundles<T>(0, p.dim, make, rows);
     }
     to_gate.finish();
     to_up.finish();

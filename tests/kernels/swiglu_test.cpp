@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/kernels/swiglu.h"
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "tests/kernels/support.h"
 
@@ -46,6 +48,38 @@ TYPED_TEST(SwigluTest, EqualsTheOracleOnEveryTarget) {
       testing::expect_close(y, y_naive, tolerance<T>(), target + " y");
       testing::expect_close(dgate, dgate_naive, tolerance<T>(), target + " dgate");
       testing::expect_close(dup, dup_naive, tolerance<T>(), target + " dup");
+    }
+  });
+}
+
+// Kernels take SiLU and its parts to 2^-12 of themselves beside bf16, and then round, which adds
+// half of a unit in the last place.
+TEST(Swiglu, EachNumberOfBf16IsRoundedToANeighbour) {
+  std::vector<BFloat16> gates;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const BFloat16 z = {static_cast<uint16_t>(bits)};
+    const double size = std::abs(static_cast<double>(load(&z)));
+    if (size > 1e-30 && size < 80) gates.push_back(z);
+  }
+  const auto n = static_cast<int64_t>(gates.size());
+  ASSERT_GT(n, 20000);
+  std::vector<BFloat16> wide = gates;
+  const std::vector<BFloat16> ones(gates.size(), to_bf16(1.0f));
+  wide.insert(wide.end(), ones.begin(), ones.end());
+  const auto half_unit = [](double x) { return std::exp2(std::floor(std::log2(std::abs(x))) - 8); };
+  testing::for_each_target([&](const std::string& target) {
+    std::vector<BFloat16> y(gates.size()), dgate = y, dup = y;
+    swiglu_forward(halves_of(wide, 1, n), y.data());
+    swiglu_backward(halves_of(wide, 1, n), ones.data(), dgate.data(), dup.data());
+    for (size_t i = 0; i < gates.size(); ++i) {
+      const double z = load(&gates[i]), s = 1 / (1 + std::exp(-z)), rest = 1 / (1 + std::exp(z));
+      const double value = z * s, slope = s + value * rest;
+      const double terms = s + std::abs(value * rest);
+      ASSERT_LE(std::abs(load(&y[i]) - value), half_unit(value) + 0x1p-12 * std::abs(value))
+          << target << " y of " << z;
+      ASSERT_LE(std::abs(load(&dgate[i]) - slope), half_unit(slope) + 0x1p-12 * terms)
+          << target << " dgate of " << z;
+      EXPECT_EQ(dup[i].bits, y[i].bits) << target << " dup of " << z;
     }
   });
 }
