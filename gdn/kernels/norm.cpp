@@ -283,9 +283,8 @@ HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, i
       out.row[kRows + k] = static_cast<T*>(grads.dgate) + row * dim;
     }
   }
-  const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+  const auto make = [&](auto bundle, int64_t i, const auto& emit) HWY_ATTR {
     const auto d = bundle.d;
-    std::array<typename decltype(bundle)::Vectors, kOutputs> results;
     auto w = bundle.zero(), dw = w;
     if (weight != nullptr) w = bundle.load_own(weight + i);
     if (dweight != nullptr) dw = bundle.load_own(dweight + i);
@@ -300,7 +299,7 @@ HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, i
         const A* gated = rows.scratch + 2 * k * dim;
         auto slope = bundle.load_own(gated + dim + i);
         for (int j = 0; j < bundle.kCount; ++j) slope[j] = hn::Mul(scale, slope[j]);
-        results[kRows + k] = slope;
+        emit(kRows + k, slope);
         g = bundle.load_own(gated + i);
       } else {
         g = bundle.load(dy[k] + i);
@@ -315,12 +314,23 @@ HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, i
         const auto more = bundle.load(dsum[k] + i);
         for (int j = 0; j < bundle.kCount; ++j) v[j] = hn::Add(v[j], more[j]);
       }
-      results[k] = v;
+      emit(k, v);
     }
     if (dweight != nullptr) bundle.store_own(dw, dweight + i);
-    return results;
   };
-  map_bundles<T, kOutputs <= 2>(0, dim, make, out);
+  if constexpr (kOutputs <= 2) {
+    const auto make_all = [&](auto bundle, int64_t i) HWY_ATTR {
+      std::array<typename decltype(bundle)::Vectors, kOutputs> results;
+      make(bundle, i, [&](int o, const auto& v) HWY_ATTR { results[o] = v; });
+      return results;
+    };
+    map_bundles<T>(0, dim, make_all, out);
+  } else {  // too many for registers to keep: in memory they would meet loads themselves
+    for_bundles<T>(0, dim, [&](auto bundle, int64_t i) HWY_ATTR {
+      make(bundle, i,
+           [&](int o, const auto& v) HWY_ATTR { bundle.store(*out.to[o], v, out.row[o] + i); });
+    });
+  }
 }
 
 template <bool kGate, typename T>
