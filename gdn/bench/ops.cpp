@@ -282,7 +282,7 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   elements,
                   elements,
                   12 * elements - saved,
-                  23 * elements - saved});
+                  23 * elements});
   list.push_back({"RMS norm" + suffix,
                   SmallKernel::kRmsNorm,
                   {x, at::ones({kWidth})},
@@ -310,7 +310,7 @@ std::vector<Small> small_kernels(at::ScalarType dtype) {
                   elements,
                   elements,
                   12 * elements - saved,
-                  22 * elements - saved});
+                  22 * elements});
   list.push_back(
       {"L2 norm of heads" + suffix,
        SmallKernel::kL2Norm,

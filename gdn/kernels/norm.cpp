@@ -71,10 +71,10 @@ HWY_INLINE void for_rows(int64_t begin, int64_t end, int together, const F& f) {
   for (; row < end; ++row) f(std::integral_constant<int, 1>(), row);
 }
 
-template <Precision kPrecision, class D, class V>
+template <class D, class V>
 HWY_INLINE Activation<V> activate(D d, V z, NormGate activation) {
-  if (activation == NormGate::kSilu) return silu_and_slope<kPrecision>(d, z);
-  return sigmoid_and_slope<kPrecision>(d, z);
+  if (activation == NormGate::kSilu) return silu_and_slope(d, z);
+  return sigmoid_and_slope(d, z);
 }
 
 // Rows whose first pass is done.
@@ -224,7 +224,7 @@ HWY_INLINE BackwardRows<T, kRows> begin_backward(const BackwardCall<T>& call, in
       if constexpr (kGate) {
         auto act = bundle.load(gate + i);
         for (int j = 0; j < bundle.kCount; ++j) {
-          const auto a = activate<kPrecisionOf<T>>(bundle.d, act[j], p.activation);
+          const auto a = activate(bundle.d, act[j], p.activation);
           act[j] = hn::Mul(hn::Mul(g[j], weighted[j]), a.slope);
           g[j] = hn::Mul(g[j], a.value);
         }

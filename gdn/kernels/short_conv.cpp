@@ -339,7 +339,7 @@ struct BackwardGroup {
             HWY_UNROLL(16)
             for (int r = 0; r < kCount; ++r) {
               const V pre = in.convolve(bias[m], w, x + r);
-              now[r] = hn::Mul(now[r], silu_and_slope<kPrecisionOf<T>>(d, pre).slope);
+              now[r] = hn::Mul(now[r], silu_and_slope(d, pre).slope);
             }
           }
         }

@@ -457,8 +457,9 @@ class OwnOrder {
 };
 
 // How near an activation comes to its value: to a few units in the last place of fp32, or to 2^-12
-// of itself, a tenth of what rounding to bf16 may add. The latter where instructions for bf16 make
-// everything around it so cheap that exponentials and divisions are most of a kernel.
+// of itself, an eighth of what rounding to bf16 may add. The latter for results that are rounded
+// so, where instructions for bf16 make everything around it so cheap that exponentials and
+// divisions are most of a kernel; not for gradients of weights, which stay fp32.
 enum class Precision : uint8_t { kFull, kBf16 };
 #if HWY_TARGET == HWY_AVX3
 template <typename T>

@@ -108,7 +108,7 @@ TYPED_TEST_SUITE(ShortConvTest, testing::StorageTypes);
 
 TYPED_TEST(ShortConvTest, EqualsTheOracleOnEveryTarget) {
   using T = TypeParam;
-  const double sum_tolerance = testing::activated_tolerance<T>(2e-5);
+  const double sum_tolerance = testing::acc_tolerance<T>(2e-5);
   testing::for_each_target([&](const std::string& target) {
     for (const Case& c : kCases) {
       const Data<T> data(c);

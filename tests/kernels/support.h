@@ -51,13 +51,6 @@ double acc_tolerance(double fp32 = 1e-5) {
   return std::is_same_v<T, double> ? 1e-12 : fp32;
 }
 
-// The same for sums of what SiLU or the sigmoid made of elements, which beside bf16 come as near as
-// that needs (Precision in gdn/kernels/simd-inl.h).
-template <typename T>
-double activated_tolerance(double fp32 = 1e-5) {
-  return std::is_same_v<T, BFloat16> ? 0x1p-12 : acc_tolerance<T>(fp32);
-}
-
 // |actual - expected| <= tol * (|expected| + root mean square of expected) for every element.
 template <typename T>
 void expect_close(const std::vector<T>& actual, const std::vector<double>& expected, double tol,

@@ -161,8 +161,9 @@ TEST(CausalLM, BlockPlacesNormsAndScales) {
 
 class Models : public ::testing::TestWithParam<const char*> {
  protected:
-  void SetUp() override {
-    seed(3);
+  void SetUp() override { make_model(3); }
+  void make_model(int random_seed) {
+    seed(random_seed);
     std::vector<BlockConfig> blocks = {gdn_block(), gdn_block()};
     if (std::string(GetParam()) == "hybrid") blocks = {gdn_block(), attention_block(), gdn_block()};
     model_ = std::make_shared<CausalLM>(tiny_config(blocks));
@@ -249,23 +250,29 @@ TEST_P(Models, CheckpointingGivesTheSameBits) {
 }
 
 TEST_P(Models, BFloat16IsCloseAndLeavesParametersInFp32) {
-  const auto ids = random_ids(2, 40), targets = random_ids(2, 40);
-  const auto exact = logits(ids);
-  const auto exact_gradients = gradients(ids, targets);
-  model_->set_compute_dtype(at::kBFloat16);
-  EXPECT_EQ(model_->hidden(ids).scalar_type(), at::kBFloat16);
-  EXPECT_EQ(logits(ids).scalar_type(), at::kFloat);
-  EXPECT_LT(distance(exact, logits(ids)), 0.05);
-  EXPECT_GT(distance(exact, logits(ids)), 1e-6);
-  std::vector<at::Tensor> exact_parts, parts;
-  for (const auto& [name, grad] : gradients(ids, targets)) {
-    EXPECT_EQ(grad.scalar_type(), at::kFloat) << name;
-    exact_parts.push_back(exact_gradients.at(name).flatten());
-    parts.push_back(grad.flatten());
+  // Several models: how far the gradients of one that is not trained come apart, which is a
+  // twentieth to a third, hangs on how single activations are rounded.
+  constexpr int kModels = 8;
+  double apart = 0;
+  for (int random_seed = 3; random_seed < 3 + kModels; ++random_seed) {
+    make_model(random_seed);
+    const auto ids = random_ids(2, 40), targets = random_ids(2, 40);
+    const auto exact = logits(ids);
+    const auto exact_gradients = gradients(ids, targets);
+    model_->set_compute_dtype(at::kBFloat16);
+    EXPECT_EQ(model_->hidden(ids).scalar_type(), at::kBFloat16);
+    EXPECT_EQ(logits(ids).scalar_type(), at::kFloat);
+    EXPECT_LT(distance(exact, logits(ids)), 0.05);
+    EXPECT_GT(distance(exact, logits(ids)), 1e-6);
+    std::vector<at::Tensor> exact_parts, parts;
+    for (const auto& [name, grad] : gradients(ids, targets)) {
+      EXPECT_EQ(grad.scalar_type(), at::kFloat) << name;
+      exact_parts.push_back(exact_gradients.at(name).flatten());
+      parts.push_back(grad.flatten());
+    }
+    apart += distance(at::cat(exact_parts), at::cat(parts)) / kModels;
   }
-  // Gradients of a small model that is not trained: other seeds give 0.06 to 0.45, and this one
-  // moves by a fifth with how the last bit of an activation is rounded.
-  EXPECT_LT(distance(at::cat(exact_parts), at::cat(parts)), 0.25);
+  EXPECT_LT(apart, 0.15);
 }
 
 TEST_P(Models, NaiveFormAgrees) {
