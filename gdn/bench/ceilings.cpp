@@ -20,6 +20,7 @@
 #include "hwy/foreach_target.h"  // must precede highway.h
 // clang-format on
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 
 HWY_BEFORE_NAMESPACE();

@@ -14,6 +14,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 
 #ifndef GDN_ATTEND_STEP_ONCE  // what does not depend on the SIMD target
 #define GDN_ATTEND_STEP_ONCE

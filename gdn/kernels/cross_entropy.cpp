@@ -14,6 +14,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {

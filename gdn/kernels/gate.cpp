@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "gdn/base/check.h"
 #include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
@@ -28,26 +30,39 @@ PageVector<A> channel_rates(const GateParams& p) {
   return rates;
 }
 
-template <typename T>
+template <typename T, bool kSafe>
 void gate_forward_t(const GateParams& p, Acc<T>* g) {
   using A = Acc<T>;
   const int64_t dim = p.heads * p.channels;
   const PageVector<A> rates = channel_rates<A>(p);
   const A* rate = rates.data();
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
+  const A bound = static_cast<A>(p.lower_bound.value_or(0));
+  const int64_t lanes = hn::Lanes(hn::ScalableTag<A>());
   const int64_t element = sizeof(T) + sizeof(A);
   const Output to(p.rows * dim * element, g, dim * static_cast<int64_t>(sizeof(A)));
   parallel_for(0, p.rows, row_grain(4 * dim), [&](int64_t begin, int64_t end) HWY_ATTR {
     for (int64_t row = begin; row < end; ++row) {
       const T* a = static_cast<const T*>(p.a) + p.a_layout.offset(row, dim);
-      map_lanes<A>(dim, to, g + row * dim, [&](auto d, int64_t i) HWY_ATTR {
-        auto x = load_as(d, a + i);
-        if (dt_bias != nullptr) x = hn::Add(x, hn::LoadU(d, dt_bias + i));
-        const auto r = hn::LoadU(d, rate + i);
-        return p.lower_bound.has_value()
-                   ? hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), sigmoid(d, hn::Mul(r, x)))
-                   : hn::Neg(hn::Mul(r, softplus(d, x)));
-      });
+      const auto make = [&](auto d, auto count, int64_t i) GDN_INLINE_ATTR {
+        const auto load = [&](const auto* p) GDN_INLINE_ATTR {
+          return several<count.value>(
+              [&](auto j) GDN_INLINE_ATTR { return load_as(d, p + i + j * lanes); });
+        };
+        auto x = load(a);
+        if (dt_bias != nullptr) x = sv::Add(x, load(dt_bias));
+        const auto r = load(rate);
+        if constexpr (kSafe) {
+          return sv::Mul(hn::Set(d, bound), sigmoid(d, sv::Mul(r, x)));
+        } else {
+          return sv::Neg(sv::Mul(r, softplus(d, x)));
+        }
+      };
+      const auto store = [&](auto d, int64_t i, const auto& made) GDN_INLINE_ATTR {
+        for_each<kCountOf<std::decay_t<decltype(made)>>>(
+            [&](auto j) GDN_INLINE_ATTR { to.store(d, made[j], g + row * dim + i + j * lanes); });
+      };
+      map_several<A, 2>(dim, make, store);
     }
     to.finish();
   });
@@ -62,11 +77,11 @@ struct GateBackwardCall {
   Output to;
 };
 
-// Rows [first, first + kRows), whose sums are loaded and stored once for all of them.
+// Rows [first, first + kRows) side by side, whose sums are loaded and stored once for all of them.
 // decay: da = -rate * sigmoid(x) * dg (without the sigmoid where softplus(x) = x), dA_log = sum dg
 // * g. safe:  with s = sigmoid(rate * x): da = dg * lower_bound * s * (1 - s) * rate, dA_log = sum
 // da * x.
-template <int kRows, typename T>
+template <int kRows, bool kSafe, typename T>
 HWY_INLINE void gate_backward_rows(const GateBackwardCall<T>& call, int64_t first, Acc<T>* sum_log,
                                    Acc<T>* sum_bias) {
   using A = Acc<T>;
@@ -74,42 +89,50 @@ HWY_INLINE void gate_backward_rows(const GateBackwardCall<T>& call, int64_t firs
   const int64_t dim = p.heads * p.channels;
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const A* dg = static_cast<const A*>(call.grads.dg) + first * dim;
+  const A bound = static_cast<A>(p.lower_bound.value_or(0));
   T* da = static_cast<T*>(call.grads.da) + first * dim;
   const T* a[kRows];
   for (int k = 0; k < kRows; ++k) {
     a[k] = static_cast<const T*>(p.a) + p.a_layout.offset(first + k, dim);
   }
-  for_lanes<A>(dim, [&](auto d, int64_t i) HWY_ATTR {
-    const auto r = hn::LoadU(d, call.rate + i), one = hn::Set(d, 1);
+  const auto make = [&](auto d, auto, int64_t i) GDN_INLINE_ATTR {
+    const auto rate = hn::LoadU(d, call.rate + i);
     const auto bias = dt_bias == nullptr ? hn::Zero(d) : hn::LoadU(d, dt_bias + i);
-    auto log = hn::LoadU(d, sum_log + i), of_bias = hn::LoadU(d, sum_bias + i);
-    for (int k = 0; k < kRows; ++k) {
-      const auto x = hn::Add(load_as(d, a[k] + i), bias);
-      auto dx = hn::LoadU(d, dg + k * dim + i), dlog = dx;
-      if (p.lower_bound.has_value()) {
-        const auto s = sigmoid(d, hn::Mul(r, x));
-        const auto slope =
-            hn::Mul(hn::Set(d, static_cast<A>(*p.lower_bound)), hn::Mul(s, hn::Sub(one, s)));
-        dx = hn::Mul(hn::Mul(dx, slope), r);
-        log = hn::MulAdd(dx, x, log);
-      } else {
-        const auto soft = softplus_and_slope(d, x);
-        dlog = hn::Neg(hn::Mul(dlog, r));
-        dx = hn::Mul(dlog, soft.slope);
-        log = hn::MulAdd(dlog, soft.value, log);
-      }
-      call.to.store(d, dx, da + k * dim + i);
-      of_bias = hn::Add(dx, of_bias);
+    const auto x =
+        several<kRows>([&](auto k) GDN_INLINE_ATTR { return hn::Add(load_as(d, a[k] + i), bias); });
+    const auto scaled = [&](auto k) GDN_INLINE_ATTR {
+      return hn::Mul(hn::LoadU(d, dg + k * dim + i), rate);
+    };
+    const auto add = [&](A* sums, const auto& rows) GDN_INLINE_ATTR {
+      auto sum = hn::LoadU(d, sums + i);
+      for_each<kRows>([&](auto k) GDN_INLINE_ATTR { sum = hn::Add(sum, rows[k]); });
+      hn::StoreU(sum, d, sums + i);
+    };
+    if constexpr (kSafe) {
+      const auto slope = sigmoid_and_slope(d, sv::Mul(rate, x)).slope;
+      const auto dx = sv::Mul(several<kRows>(scaled), sv::Mul(hn::Set(d, bound), slope));
+      add(sum_log, sv::Mul(dx, x));
+      add(sum_bias, dx);
+      return dx;
+    } else {
+      const auto soft = softplus_and_slope(d, x);
+      const auto dlog = sv::Neg(several<kRows>(scaled));
+      add(sum_log, sv::Mul(dlog, soft.value));
+      const auto dx = sv::Mul(dlog, soft.slope);
+      add(sum_bias, dx);
+      return dx;
     }
-    hn::StoreU(log, d, sum_log + i);
-    hn::StoreU(of_bias, d, sum_bias + i);
-  });
+  };
+  const auto store = [&](auto d, int64_t i, const auto& dx) GDN_INLINE_ATTR {
+    for_each<kRows>([&](auto k) GDN_INLINE_ATTR { call.to.store(d, dx[k], da + k * dim + i); });
+  };
+  map_several<A, 1, 2>(dim, make, store);
 }
 
-template <typename T>
+template <typename T, bool kSafe>
 void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   using A = Acc<T>;
-  constexpr int kRows = 4;
+  constexpr int kRows = kSideBySide;
   const int64_t dim = p.heads * p.channels;
   const PageVector<A> rates = channel_rates<A>(p);
   const RowBlocks blocks(p.rows, row_grain(4 * dim));
@@ -124,9 +147,9 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
       const int64_t end = blocks.end(block);
       int64_t row = blocks.begin(block);
       for (; row + kRows <= end; row += kRows) {
-        gate_backward_rows<kRows>(call, row, sum_log, sum_log + dim);
+        gate_backward_rows<kRows, kSafe>(call, row, sum_log, sum_log + dim);
       }
-      for (; row < end; ++row) gate_backward_rows<1>(call, row, sum_log, sum_log + dim);
+      for (; row < end; ++row) gate_backward_rows<1, kSafe>(call, row, sum_log, sum_log + dim);
     }
     call.to.finish();
   });
@@ -171,12 +194,18 @@ void beta_backward_t(const BetaParams& p, const Acc<T>* dbeta, T* db) {
 }
 
 void gate_forward_any(const GateParams& p, void* g) {
-  dispatch_storage(
-      p.dtype, [&](auto t) { gate_forward_t<decltype(t)>(p, static_cast<Acc<decltype(t)>*>(g)); });
+  dispatch_storage(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto run = p.lower_bound.has_value() ? gate_forward_t<T, true> : gate_forward_t<T, false>;
+    run(p, static_cast<Acc<T>*>(g));
+  });
 }
 
 void gate_backward_any(const GateParams& p, const GateGrads& grads) {
-  dispatch_storage(p.dtype, [&](auto t) { gate_backward_t<decltype(t)>(p, grads); });
+  dispatch_storage(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    (p.lower_bound.has_value() ? gate_backward_t<T, true> : gate_backward_t<T, false>)(p, grads);
+  });
 }
 
 void beta_forward_any(const BetaParams& p, void* beta) {

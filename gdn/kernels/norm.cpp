@@ -15,6 +15,7 @@
 #include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {

@@ -18,6 +18,7 @@
 #include "gdn/kernels/rows.h"
 #include "gdn/kernels/sequences.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 
 #ifndef GDN_SHORT_CONV_ONCE  // what does not depend on the SIMD target
 #define GDN_SHORT_CONV_ONCE

@@ -15,8 +15,8 @@
 
 #include "gdn/base/dtype.h"
 #include "gdn/base/pages.h"
+#include "gdn/kernels/simd/several-inl.h"
 #include "hwy/cache_control.h"
-#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -37,26 +37,36 @@ HWY_INLINE void for_lanes(int64_t n, F&& f) {
 }
 
 // Calls store(i, make(i)) for each whole step in [0, n), and returns where they end. What is made
-// is stored two steps late: a load waits for an earlier store whose address has the same 12 lower
-// bits, and large tensors that malloc cuts from one piece of memory lie whole pages and a line or
-// two apart, so that what the next steps load from an input would meet the last stores to the
-// output behind it.
-template <class Make, class Store>
+// is stored kSteps steps (1 or 2) late: a load waits for an earlier store whose address has the
+// same 12 lower bits, and large tensors that malloc cuts from one piece of memory lie whole pages
+// and a line or two apart, so that what the next steps load from an input would meet the last
+// stores to the output behind it.
+template <int kSteps = 2, class Make, class Store>
 HWY_INLINE int64_t store_late(int64_t n, int64_t step, const Make& make, const Store& store) {
   const int64_t end = n - n % step;
-  if (end < 2 * step) {
+  if (end < kSteps * step) {
     if (end > 0) store(0, make(0));
     return end;
   }
-  auto before = make(0), last = make(step);
-  for (int64_t i = 2 * step; i < end; i += step) {
-    const auto now = make(i);
-    store(i - 2 * step, before);
-    before = last;
-    last = now;
+  if constexpr (kSteps == 1) {
+    auto last = make(0);
+    for (int64_t i = step; i < end; i += step) {
+      const auto now = make(i);
+      store(i - step, last);
+      last = now;
+    }
+    store(end - step, last);
+  } else {
+    auto before = make(0), last = make(step);
+    for (int64_t i = 2 * step; i < end; i += step) {
+      const auto now = make(i);
+      store(i - 2 * step, before);
+      before = last;
+      last = now;
+    }
+    store(end - 2 * step, before);
+    store(end - step, last);
   }
-  store(end - 2 * step, before);
-  store(end - step, last);
   return end;
 }
 
@@ -198,15 +208,21 @@ class Output {
   bool past_caches_;
 };
 
-// Like for_lanes(), for an f(d, i) that returns what goes to y[i]; late.
-template <typename A, class F, typename T>
-HWY_INLINE void map_lanes(int64_t n, const Output& to, T* y, F&& f) {
+// Calls store(d, i, make(d, kN, i)) for kN vectors from i on at a time, then for single ones, then
+// for each index that is left with a tag of one lane; kN comes as std::integral_constant. What is
+// made of kN vectors is stored one step late.
+template <typename A, int kN, int kSteps = 1, class Make, class Store>
+HWY_INLINE void map_several(int64_t n, const Make& make, const Store& store) {
   const hn::ScalableTag<A> d;
-  int64_t i = store_late(
-      n, hn::Lanes(d), [&](int64_t i) HWY_ATTR { return f(d, i); },
-      [&](int64_t i, auto v) HWY_ATTR { to.store(d, v, y + i); });
   const hn::CappedTag<A, 1> d1;
-  for (; i < n; ++i) to.store(d1, f(d1, i), y + i);
+  const std::integral_constant<int, kN> together;
+  const std::integral_constant<int, 1> single;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = store_late<kSteps>(
+      n, kN * lanes, [&](int64_t i) GDN_INLINE_ATTR { return make(d, together, i); },
+      [&](int64_t i, const auto& made) GDN_INLINE_ATTR { store(d, i, made); });
+  for (; i + lanes <= n; i += lanes) store(d, i, make(d, single, i));
+  for (; i < n; ++i) store(d1, i, make(d1, single, i));
 }
 
 // The elements of a row that a kernel takes at once, as kCount vectors. Kernels that work element
@@ -456,286 +472,8 @@ class OwnOrder {
   PageVector<A> copy_;
 };
 
-// How near an activation comes to its value: to a few units in the last place of fp32, or to 2^-12
-// of itself, an eighth of what rounding to bf16 may add. The latter for results that are rounded
-// so, where instructions for bf16 make everything around it so cheap that exponentials and
-// divisions are most of a kernel; not for gradients of weights, which stay fp32.
-enum class Precision : uint8_t { kFull, kBf16 };
-#if HWY_TARGET == HWY_AVX3
-template <typename T>
-inline constexpr Precision kPrecisionOf =
-    std::is_same_v<T, HardwareBf16> ? Precision::kBf16 : Precision::kFull;
-#else
-template <typename T>
-inline constexpr Precision kPrecisionOf = Precision::kFull;
-#endif
-
-// With fused products exponentials and what is made of them are built from parts that share what
-// they can.
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
-#define GDN_SIMD_FUSED 1
-#else
-#define GDN_SIMD_FUSED 0
-#endif
-
-#if GDN_SIMD_FUSED
-// Multiples of ln(2) between which exp keeps to numbers of the normal range and their inverses do:
-// at the ends it is 0 and infinity.
-inline constexpr float kExpZero = -88.0296919f, kExpInfinite = 88.7228391f;
-
-#if HWY_TARGET == HWY_AVX3
-// Entry index % 16 of a table, in each lane.
-HWY_INLINE hn::Vec512<float> look_up(const void* table, hn::Vec512<uint32_t> index) {
-  return hn::Vec512<float>{_mm512_permutexvar_ps(index.raw, _mm512_load_ps(table))};
-}
-HWY_INLINE hn::Vec256<float> look_up(const void* table, hn::Vec256<uint32_t> index) {
-  const hn::Vec512<uint32_t> wide{_mm512_castsi256_si512(index.raw)};
-  return hn::Vec256<float>{_mm512_castps512_ps256(look_up(table, wide).raw)};
-}
-template <size_t N>
-HWY_INLINE hn::Vec128<float, N> look_up(const void* table, hn::Vec128<uint32_t, N> index) {
-  const hn::Vec512<uint32_t> wide{_mm512_castsi128_si512(index.raw)};
-  return hn::Vec128<float, N>{_mm512_castps512_ps128(look_up(table, wide).raw)};
-}
-
-// 2^(j/16), less what an exponent of 4 more bits adds to its bits for them.
-alignas(64) inline constexpr uint32_t kPowers[16] = {
-    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
-inline constexpr float kPowerSteps = 16;
-
-// 2^(k/16) for the whole number k in the lower bits.
-template <class D, class V>
-HWY_INLINE V power_of(D d, V shifted) {
-  const hn::RebindToUnsigned<D> du;
-  const auto k = hn::BitCast(du, shifted);
-  return hn::BitCast(d, hn::Add(hn::BitCast(du, look_up(kPowers, k)), hn::ShiftLeft<19>(k)));
-}
-// 2^f, |f| <= 1/32.
-template <Precision kPrecision, class D, class V>
-HWY_INLINE V small_power(D d, V f) {
-  if constexpr (kPrecision == Precision::kBf16) {
-    return hn::MulAdd(f, hn::Set(d, 0.6932f), hn::Set(d, 1.000117f));
-  }
-  auto p = hn::MulAdd(f, hn::Set(d, 0.0555021364f), hn::Set(d, 0.240234288f));
-  p = hn::MulAdd(p, f, hn::Set(d, 0.693147183f));
-  return hn::MulAdd(p, f, hn::Set(d, 1.0f));
-}
-#else
-inline constexpr float kPowerSteps = 1;
-
-// 2^k for the whole number k in the lower bits.
-template <class D, class V>
-HWY_INLINE V power_of(D d, V shifted) {
-  const hn::RebindToUnsigned<D> du;
-  return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::BitCast(du, shifted), hn::Set(du, 127))));
-}
-// 2^f, |f| <= 1/2.
-template <Precision kPrecision, class D, class V>
-HWY_INLINE V small_power(D d, V f) {
-  auto p = hn::MulAdd(f, hn::Set(d, 0.0013276472f), hn::Set(d, 0.009675541f));
-  p = hn::MulAdd(p, f, hn::Set(d, 0.05550713f));
-  p = hn::MulAdd(p, f, hn::Set(d, 0.2402212f));
-  p = hn::MulAdd(p, f, hn::Set(d, 0.69314694f));
-  return hn::MulAdd(p, f, hn::Set(d, 1.0f));
-}
-#endif
-
-// exp(sign x) = fraction * power for kExpZero <= sign x <= kExpInfinite, in full to 2e-7 and
-// 2e-8 |x| of itself: power is the nearest 2^(k / kPowerSteps), and the fraction, which hands on
-// NaN, a polynomial.
-template <class V>
-struct ExpParts {
-  V fraction, power;
-};
-template <int kSign, Precision kPrecision = Precision::kFull, class D, class V>
-HWY_INLINE ExpParts<V> exp_parts(D d, V x) {
-  const auto log2e = hn::Set(d, kSign * 1.44269504f);
-  // Adding 1.5 * 2^23 steps rounds to a whole number of steps, which then stands in the lower bits.
-  const auto shift = hn::Set(d, 12582912.0f / kPowerSteps);
-  const auto shifted = hn::MulAdd(x, log2e, shift);
-  const auto f = hn::MulSub(x, log2e, hn::Sub(shifted, shift));
-  return {small_power<kPrecision>(d, f), power_of(d, shifted)};
-}
-
-// 1 + exp(-x). Min and Max return a NaN that comes second.
-template <Precision kPrecision, class D, class V>
-HWY_INLINE V one_plus_exp_of_negative(D d, V x) {
-  x = hn::Min(hn::Set(d, -kExpZero - 1), hn::Max(hn::Set(d, -kExpInfinite), x));
-  const auto e = exp_parts<-1, kPrecision>(d, x);
-  return hn::MulAdd(e.fraction, e.power, hn::Set(d, 1.0f));
-}
-
-// y / x
-template <Precision kPrecision, class V>
-HWY_INLINE V quotient(V y, V x) {
-#if HWY_TARGET == HWY_AVX3
-  if constexpr (kPrecision == Precision::kBf16) {
-    V inverse;
-    asm("vrcp14ps %1, %0" : "=v"(inverse.raw) : "v"(x.raw));
-    return hn::Mul(y, inverse);
-  }
-#endif
-  return hn::Div(y, x);
-}
-
-// log(1 + e) for 0 <= e <= 1, to 1e-7 of itself.
-#if HWY_TARGET == HWY_AVX3
-template <class D, class V>
-HWY_INLINE V log1p_of_fraction(D d, V e) {
-  alignas(64) static constexpr float kInverses[16] = {
-      1.0f,         0.941176474f, 0.888888896f, 0.842105269f, 0.800000012f, 0.761904776f,
-      0.727272749f, 0.695652187f, 0.666666687f, 0.639999986f, 0.615384638f, 0.592592597f,
-      0.571428597f, 0.551724136f, 0.533333361f, 0.516129017f};
-  alignas(64) static constexpr float kLogs[16] = {
-      0.0f,         0.0606246218f, 0.117783032f, 0.171850264f, 0.223143548f, 0.271933705f,
-      0.318453729f, 0.362905502f,  0.405465096f, 0.446287096f, 0.485507816f, 0.523248136f,
-      0.559615791f, 0.594707131f,  0.628608644f, 0.66139847f};
-  // By way of the nearest j/16 up to 15/16: log(1 + j/16) + log(1 + r), r = (e - j/16) / (1 + j/16)
-  // within 1/31.
-  const hn::RebindToUnsigned<D> du;
-  const auto shift = hn::Set(d, 786432.0f);
-  const auto last = hn::BitCast(du, hn::Set(d, 786432.0f + 15.0f / 16));
-  const auto j = hn::Min(last, hn::BitCast(du, hn::Add(e, shift)));
-  const auto r = hn::Mul(hn::Sub(e, hn::Sub(hn::BitCast(d, j), shift)), look_up(kInverses, j));
-  auto p = hn::MulAdd(r, hn::Set(d, -0.25018444f), hn::Set(d, 0.333505857f));
-  p = hn::MulAdd(p, r, hn::Set(d, -0.49999997f));
-  return hn::Add(look_up(kLogs, j), hn::MulAdd(p, hn::Mul(r, r), r));
-}
-#else
-template <class D, class V>
-HWY_INLINE V log1p_of_fraction(D d, V e) {
-  auto p = hn::MulAdd(e, hn::Set(d, 0.005232694f), hn::Set(d, -0.029505238f));
-  p = hn::MulAdd(p, e, hn::Set(d, 0.07822595f));
-  p = hn::MulAdd(p, e, hn::Set(d, -0.13663246f));
-  p = hn::MulAdd(p, e, hn::Set(d, 0.19106007f));
-  p = hn::MulAdd(p, e, hn::Set(d, -0.24842982f));
-  p = hn::MulAdd(p, e, hn::Set(d, 0.33319098f));
-  p = hn::MulAdd(p, e, hn::Set(d, -0.49999493f));
-  return hn::Mul(e, hn::MulAdd(p, e, hn::Set(d, 1.0f)));
-}
-#endif
-#endif  // GDN_SIMD_FUSED
-
-// exp(x) for x up to 80. Highway's Exp turns a NaN into 0; a kernel must hand it on, or a diverged
-// model looks healthy. Far above 80 it may return garbage instead of infinity, so callers keep
-// their arguments small. Results below the normal range may be 0.
-template <class D, class V>
-HWY_INLINE V exp_of(D d, V x) {
-#if HWY_TARGET == HWY_AVX3
-  if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    // 2^(k/16) e^r with |r| <= ln(2)/32, and e^r by a polynomial of degree 3. Min and Max return
-    // their second operand where one is NaN.
-    x = hn::Min(hn::Set(d, kExpInfinite), hn::Max(hn::Set(d, kExpZero), x));
-    const auto shift = hn::Set(d, 12582912.0f / kPowerSteps);
-    const auto shifted = hn::MulAdd(x, hn::Set(d, 1.44269504f), shift);
-    const auto n = hn::Sub(shifted, shift);
-    auto r = hn::NegMulAdd(n, hn::Set(d, 0.693359375f), x);  // ln(2) in two parts
-    r = hn::NegMulAdd(n, hn::Set(d, -2.12194440e-4f), r);
-    auto p = hn::MulAdd(r, hn::Set(d, 0.166660733f), hn::Set(d, 0.500016228f));
-    p = hn::MulAdd(p, r, hn::Set(d, 1.0f));
-    return hn::Mul(hn::MulAdd(p, r, hn::Set(d, 1.0f)), power_of(d, shifted));
-  }
-#endif
-  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(d, x));
-}
-
-// Results below the normal range may be 0.
-template <Precision kPrecision = Precision::kFull, class D, class V>
-HWY_INLINE V sigmoid(D d, V x) {
-  const auto one = hn::Set(d, 1);
-#if GDN_SIMD_FUSED
-  if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    return quotient<kPrecision>(one, one_plus_exp_of_negative<kPrecision>(d, x));
-  }
-#endif
-  // By exp(-|x|), which cannot overflow and keeps the relative precision of small results.
-  const auto e = exp_of(d, hn::Neg(hn::Abs(x)));
-  return hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), e, one), hn::Add(one, e));
-}
-
-// x sigmoid(x)
-template <Precision kPrecision = Precision::kFull, class D, class V>
-HWY_INLINE V silu(D d, V x) {
-#if GDN_SIMD_FUSED
-  if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    return quotient<kPrecision>(x, one_plus_exp_of_negative<kPrecision>(d, x));
-  }
-#endif
-  return hn::Mul(x, sigmoid(d, x));
-}
-
-// sigmoid(x) and 1 - sigmoid(x); coarse ones of an x below the smallest are those of that.
-inline constexpr float kSmallestForRest = -87.0f;
-template <class V>
-struct SigmoidParts {
-  V s, rest;
-};
-template <Precision kPrecision, class D, class V>
-HWY_INLINE SigmoidParts<V> sigmoid_parts(D d, V x) {
-  const auto one = hn::Set(d, 1);
-#if HWY_TARGET == HWY_AVX3
-  if constexpr (kPrecision == Precision::kBf16) {
-    // A coarse sigmoid cannot be taken from 1.
-    x = hn::Min(hn::Set(d, -kSmallestForRest), hn::Max(hn::Set(d, kSmallestForRest), x));
-    const auto parts = exp_parts<-1, kPrecision>(d, x);
-    const auto e = hn::Mul(parts.fraction, parts.power);
-    const auto s = quotient<kPrecision>(one, hn::Add(one, e));
-    return {s, hn::Mul(s, e)};
-  }
-#endif
-  const auto s = sigmoid(d, x);
-  return {s, hn::Sub(one, s)};
-}
-
-// What an activation makes of x, and its derivative there.
-template <class V>
-struct Activation {
-  V value, slope;
-};
-
-template <Precision kPrecision = Precision::kFull, class D, class V>
-HWY_INLINE Activation<V> sigmoid_and_slope(D d, V x) {
-  const auto parts = sigmoid_parts<kPrecision>(d, x);
-  return {parts.s, hn::Mul(parts.s, parts.rest)};
-}
-
-template <Precision kPrecision = Precision::kFull, class D, class V>
-HWY_INLINE Activation<V> silu_and_slope(D d, V x) {
-  const auto parts = sigmoid_parts<kPrecision>(d, x);
-  if constexpr (kPrecision == Precision::kBf16) x = hn::Max(hn::Set(d, kSmallestForRest), x);
-  const auto value = hn::Mul(x, parts.s);
-  return {value, hn::MulAdd(value, parts.rest, parts.s)};
-}
-
-// log(1 + exp(x)), which is x itself above 20, and its derivative, the sigmoid.
-template <class D, class V>
-HWY_INLINE Activation<V> softplus_and_slope(D d, V x) {
-#if GDN_SIMD_FUSED
-  if constexpr (sizeof(hn::TFromD<D>) == 4) {
-    const auto one = hn::Set(d, 1), zero = hn::Zero(d);
-    const auto parts = exp_parts<1>(d, hn::Max(hn::Set(d, kExpZero), hn::Neg(hn::Abs(x))));
-    const auto e = hn::Mul(parts.fraction, parts.power);
-    return {hn::Add(hn::Max(zero, x), log1p_of_fraction(d, e)),
-            hn::Div(hn::IfThenElse(hn::Lt(x, zero), e, one), hn::Add(one, e))};
-  }
-#endif
-  const auto limit = hn::Set(d, 20);
-  const auto above = hn::Gt(x, limit);
-  const auto soft = hn::Log1p(d, exp_of(d, hn::Min(x, limit)));
-  return {hn::IfThenElse(hn::Or(above, hn::IsNaN(x)), x, soft),
-          hn::IfThenElse(above, hn::Set(d, 1), sigmoid(d, x))};
-}
-
-template <class D, class V>
-HWY_INLINE V softplus(D d, V x) {
-  return softplus_and_slope(d, x).value;
-}
-
 }  // namespace HWY_NAMESPACE
 }  // namespace gdn
 HWY_AFTER_NAMESPACE();
-
-#undef GDN_SIMD_FUSED
 
 #endif  // toggling include guard

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();

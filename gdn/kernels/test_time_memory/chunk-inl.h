@@ -15,6 +15,7 @@
 
 #include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
+#include "gdn/kernels/simd/activations-inl.h"
 #include "gdn/kernels/simd/gemm-inl.h"
 #include "gdn/kernels/simd/rows-inl.h"
 #include "gdn/kernels/test_time_memory/common.h"
