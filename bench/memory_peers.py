@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from machine import cpu_name  # beside this file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
 import gdn  # noqa: F401  (registers torch.ops.gdn)
@@ -192,13 +192,6 @@ def medians(x, grad, functions, seconds):
             gradients(fn, x, grad)
             samples.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(samples) for samples in times]
-
-
-def cpu_name():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main():

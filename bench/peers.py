@@ -20,13 +20,13 @@ import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
 import time
 
-import steady_malloc  # beside this file
+import steady_malloc  # beside this file, as are machine and native_peers
+from machine import cpu_name
 
 # Nor are idle threads to spin beside those of the other's OpenMP.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -37,7 +37,7 @@ import transformers  # noqa: E402
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next  # noqa: E402
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
-import native_peers  # noqa: E402  (beside this file)
+import native_peers  # noqa: E402
 
 import gdn  # noqa: E402  (registers torch.ops.gdn)
 
@@ -266,13 +266,6 @@ def model_rows(threads, seconds):
             tokens = 1 if what == "decode" else BATCH * TOKENS
             row = {"mode": f"{what} {dtype}", "threads": threads, "gdn_ms": a, "peer_ms": b, "tokens": tokens}
             yield {**row, "peer": "transformers"}
-
-
-def cpu_name():
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def check_agreement(heads, head_dim):

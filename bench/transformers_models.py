@@ -16,12 +16,12 @@ import json
 import logging
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
 
-import steady_malloc  # beside this file
+import steady_malloc  # beside this file, as is machine
+from machine import cpu_name
 
 steady_malloc.restart()
 
@@ -187,9 +187,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    print(f"{cpu}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{cpu_name()}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     rows = []
     for name in args.dtype:
         dtype = getattr(torch, name)

@@ -21,6 +21,9 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+from machine import cpu_name  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 
@@ -104,14 +107,6 @@ def run(build: pathlib.Path, quick: bool, only: list[str]) -> int:
         return 1
     print(f"wrote {save(result, keep=bool(only)).relative_to(ROOT)}")
     return 1 if result["failed"] else 0
-
-
-def cpu_name() -> str:
-    """As the program names it."""
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown"
 
 
 def save(result: dict, keep: bool) -> pathlib.Path:

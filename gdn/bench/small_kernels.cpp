@@ -5,6 +5,7 @@
 #include <chrono>
 #include <functional>
 #include <list>
+#include <memory>
 #include <vector>
 
 #include "gdn/base/pages.h"
@@ -186,6 +187,13 @@ SmallKernelTimes in_l1(SmallKernel kernel, DType dtype, int threads) {
     mean.backward += t.backward / threads;
   }
   return mean;
+}
+
+SmallCall small_call(SmallKernel kernel, DType dtype, bool backward, int64_t times) {
+  const auto arrays = std::make_shared<Arrays>();
+  const Calls calls = make_calls(*arrays, kernel, dtype, times);
+  const auto& call = backward ? calls.backward : calls.forward;
+  return {calls.elements, [arrays, call] { call(); }};
 }
 
 }  // namespace gdn::bench

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "gdn/base/dtype.h"
 
@@ -25,5 +26,12 @@ struct SmallKernelTimes {
   double forward, backward;
 };
 SmallKernelTimes in_l1(SmallKernel kernel, DType dtype, int threads);
+
+// One such call, to be looked at by itself.
+struct SmallCall {
+  int64_t elements;
+  std::function<void()> run;
+};
+SmallCall small_call(SmallKernel kernel, DType dtype, bool backward, int64_t times);
 
 }  // namespace gdn::bench

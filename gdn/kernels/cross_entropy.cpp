@@ -117,7 +117,7 @@ void backward(const CrossEntropyParams& p, const Acc<T>* logsumexp, const Acc<T>
       const T* x = static_cast<const T*>(p.logits) + p.logits_layout.offset(row, p.vocab);
       const A lse = logsumexp[row], scale = dloss[row];
       const A at_target = (std::exp(load(x + target) - lse) - 1) * scale;
-      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
         const auto d = bundle.d;
         auto v = bundle.load(x + i);
         for (int j = 0; j < bundle.kCount; ++j) {

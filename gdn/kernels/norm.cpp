@@ -100,7 +100,7 @@ HWY_INLINE ForwardRows<T, kRows> begin_forward(const NormParams& p, int64_t firs
       const T* add = row_of<T>(p.add, p.add_layout, row, p.dim);
       const Output to_sum;
       const OutputRows<T, 1> out = {{&to_sum}, {sum + row * p.dim}};
-      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
         const auto scale = hn::Set(bundle.d, static_cast<A>(p.add_scale));
         const auto more = bundle.load(add + i);
         auto v = bundle.load(x + i);
@@ -135,7 +135,7 @@ HWY_INLINE void finish_forward(const NormParams& p, const Output& to, const Acc<
     const T* next_gate = next_row<T>(p.gate, p.gate_layout, next, end, p.dim);
     const Acc<T> scale = rows.r[k];
     const OutputRows<T, 1> out = {{&to}, {y + row * p.dim}};
-    const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+    const auto make = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
       const auto d = bundle.d;
       fetch(next_x, i);
       auto v = bundle.load(x + i);
@@ -284,7 +284,7 @@ HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, i
       out.row[kRows + k] = static_cast<T*>(grads.dgate) + row * dim;
     }
   }
-  const auto make = [&](auto bundle, int64_t i, const auto& emit) HWY_ATTR {
+  const auto make = [&](auto bundle, int64_t i, const auto& emit) GDN_INLINE_ATTR {
     const auto d = bundle.d;
     auto w = bundle.zero(), dw = w;
     if (weight != nullptr) w = bundle.load_own(weight + i);
@@ -320,16 +320,17 @@ HWY_INLINE void finish_backward(const BackwardCall<T>& call, const Rows& rows, i
     if (dweight != nullptr) bundle.store_own(dw, dweight + i);
   };
   if constexpr (kOutputs <= 2) {
-    const auto make_all = [&](auto bundle, int64_t i) HWY_ATTR {
+    const auto make_all = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
       std::array<typename decltype(bundle)::Vectors, kOutputs> results;
-      make(bundle, i, [&](int o, const auto& v) HWY_ATTR { results[o] = v; });
+      make(bundle, i, [&](int o, const auto& v) GDN_INLINE_ATTR { results[o] = v; });
       return results;
     };
     map_bundles<T>(0, dim, make_all, out);
   } else {  // too many for registers to keep: in memory they would meet loads themselves
     for_bundles<T>(0, dim, [&](auto bundle, int64_t i) HWY_ATTR {
-      make(bundle, i,
-           [&](int o, const auto& v) HWY_ATTR { bundle.store(*out.to[o], v, out.row[o] + i); });
+      make(bundle, i, [&](int o, const auto& v) GDN_INLINE_ATTR {
+        bundle.store(*out.to[o], v, out.row[o] + i);
+      });
     });
   }
 }

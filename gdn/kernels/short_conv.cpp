@@ -160,7 +160,7 @@ void forward_tokens(const Operands<T, kW>& in, const Output& to, const Run& run,
   const ShortConvParams& p = in.p;
   const T* rows[kMaxConvWidth + kCount];
   in.rows(run, t, kCount, rows);
-  const auto make = [&](auto bundle, int64_t c) HWY_ATTR {
+  const auto make = [&](auto bundle, int64_t c) GDN_INLINE_ATTR {
     const int width = in.width();  // a constant, which a captured one would not be
     const auto d = bundle.d;
     const auto bias = in.bias_at(bundle, c);
@@ -179,7 +179,7 @@ void forward_tokens(const Operands<T, kW>& in, const Output& to, const Run& run,
     }
     return out;
   };
-  const auto store = [&](auto bundle, int64_t c, const auto& out) HWY_ATTR {
+  const auto store = [&](auto bundle, int64_t c, const auto& out) GDN_INLINE_ATTR {
     HWY_UNROLL(16)
     for (int r = 0; r < kCount; ++r) bundle.store(to, out[r], y + (t + r) * p.channels + c);
   };

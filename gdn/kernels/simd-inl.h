@@ -353,11 +353,11 @@ HWY_INLINE void map_bundles(int64_t begin, int64_t n, const Make& make, const St
   if constexpr (kLate) {
     const WholeBundle<T> whole{};
     done += store_late(
-        n - begin, whole.size(), [&](int64_t i) HWY_ATTR { return make(whole, begin + i); },
-        [&](int64_t i, const auto& results) HWY_ATTR { store(whole, begin + i, results); });
+        n - begin, whole.size(), [&](int64_t i) GDN_INLINE_ATTR { return make(whole, begin + i); },
+        [&](int64_t i, const auto& results) GDN_INLINE_ATTR { store(whole, begin + i, results); });
   }
-  for_bundles<T>(done, n,
-                 [&](auto bundle, int64_t i) HWY_ATTR { store(bundle, i, make(bundle, i)); });
+  for_bundles<T>(
+      done, n, [&](auto bundle, int64_t i) GDN_INLINE_ATTR { store(bundle, i, make(bundle, i)); });
 }
 
 // kSums sums over a row of T, in parts that stand in the lanes of `totals`: f(bundle, i, sums) adds

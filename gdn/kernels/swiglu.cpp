@@ -26,7 +26,7 @@ void forward(const SwigluParams& p, T* y) {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
-      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
         const auto z = bundle.load(gate + i);
         auto out = bundle.load(up + i);
         for (int j = 0; j < bundle.kCount; ++j)
@@ -48,7 +48,7 @@ void backward(const SwigluParams& p, const T* dy, T* dgate, T* dup) {
       const T* gate = static_cast<const T*>(p.gate) + p.gate_layout.offset(row, p.dim);
       const T* up = static_cast<const T*>(p.up) + p.up_layout.offset(row, p.dim);
       const int64_t out = row * p.dim;
-      const auto make = [&](auto bundle, int64_t i) HWY_ATTR {
+      const auto make = [&](auto bundle, int64_t i) GDN_INLINE_ATTR {
         const auto g = bundle.load(dy + out + i);
         auto z = bundle.load(gate + i), u = bundle.load(up + i);
         for (int j = 0; j < bundle.kCount; ++j) {

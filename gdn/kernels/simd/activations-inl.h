@@ -236,7 +236,8 @@ HWY_INLINE V silu(D d, V x) {
   return sv::Mul(x, sigmoid(d, x));
 }
 
-// sigmoid(x) and 1 - sigmoid(x); coarse ones of an x below the smallest are those of that.
+// sigmoid(x) and 1 - sigmoid(x); coarse ones of an x below the smallest are those of that. Filled
+// in place: GCC would copy several vectors by way of memory.
 inline constexpr float kSmallestForRest = -87.0f;
 template <class V>
 struct SigmoidParts {
@@ -251,12 +252,12 @@ HWY_INLINE SigmoidParts<V> sigmoid_parts(D d, V x) {
     x = sv::Min(hn::Set(d, -kSmallestForRest), sv::Max(hn::Set(d, kSmallestForRest), x));
     const auto of_e = exp_parts<-1, kPrecision>(d, x);
     const auto e = sv::Mul(of_e.fraction, of_e.power);
-    SigmoidParts<V> parts{quotient<kPrecision>(one, sv::Add(one, e))};
+    SigmoidParts<V> parts{quotient<kPrecision>(one, sv::Add(one, e)), {}};
     parts.rest = sv::Mul(parts.s, e);
     return parts;
   }
 #endif
-  SigmoidParts<V> parts{sigmoid(d, x)};
+  SigmoidParts<V> parts{sigmoid(d, x), {}};
   parts.rest = sv::Sub(one, parts.s);
   return parts;
 }
@@ -277,7 +278,7 @@ template <Precision kPrecision = Precision::kFull, class D, class V>
 HWY_INLINE Activation<V> silu_and_slope(D d, V x) {
   const auto parts = sigmoid_parts<kPrecision>(d, x);
   if constexpr (kPrecision == Precision::kBf16) x = sv::Max(hn::Set(d, kSmallestForRest), x);
-  Activation<V> out{sv::Mul(x, parts.s)};
+  Activation<V> out{sv::Mul(x, parts.s), {}};
   out.slope = sv::MulAdd(out.value, parts.rest, parts.s);
   return out;
 }
