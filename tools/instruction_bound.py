@@ -5,11 +5,11 @@
     tools/instruction_bound.py [--build build] [KERNEL ...]
 
 Traces one call of each kernel (build/bench/bench_small_kernel) instruction by instruction on rows
-that stay in L1, and prints a Markdown table. Per 32 elements: the instructions on vectors a call
-executes, the cycles they take when each reads registers that none of them writes (a piece of the trace with the registers renamed, assembled and timed; the best run),
-and those the kernel takes from L1 (the lower quartile of many runs). What a call executes whatever
-its size does not count: of twice as many rows the instructions and the time of some are taken away.
-A cycle is measured by dependent additions.
+that stay in L1, and prints a Markdown table. Per 32 elements: the instructions on vectors, the
+cycles they take when each reads registers that none of them writes (a piece of the trace with the
+registers renamed, assembled and timed; the best run), and those the kernel takes from L1 (the lower
+quartile of many runs). What a call executes whatever its size does not count: of twice as many rows
+the instructions and the time of some are taken away. A cycle is measured by dependent additions.
 
 x86-64 Linux with AVX-512, objdump and g++.
 """

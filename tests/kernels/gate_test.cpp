@@ -22,7 +22,9 @@ const Case kCases[] = {{37, 5, 1, true, {}, "gdn"},
                        {400, 16, 1, true, {}, "gdn, many rows"},
                        {9, 3, 20, true, {}, "kda"},
                        {9, 2, 7, false, {}, "kda without dt_bias"},
-                       {50, 2, 16, true, -5.0, "safe kda"}};
+                       {11, 7, 17, true, {}, "kda, many vectors and a rest"},
+                       {50, 2, 16, true, -5.0, "safe kda"},
+                       {6, 3, 51, false, -2.0, "safe kda, many vectors and a rest"}};
 
 template <typename T>
 struct Data {
