@@ -16,9 +16,14 @@
 #include "hwy/highway.h"
 
 // For lambdas that must not stay calls, whatever a function has grown to: what they return would go
-// through memory.
+// through memory. With sanitizers, whose checks make such functions take minutes to compile, they
+// may.
 #undef GDN_INLINE_ATTR
+#if HWY_IS_ASAN
+#define GDN_INLINE_ATTR HWY_ATTR
+#else
 #define GDN_INLINE_ATTR HWY_ATTR __attribute__((always_inline))
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
