@@ -62,6 +62,7 @@ void gate_forward_t(const GateParams& p, Acc<T>* g) {
         for_each<kCountOf<std::decay_t<decltype(made)>>>(
             [&](auto j) GDN_INLINE_ATTR { to.store(d, made[j], g + row * dim + i + j * lanes); });
       };
+      // Registers hold two vectors and those that wait to be stored, not four.
       map_several<A, 2>(dim, make, store);
     }
     to.finish();

@@ -210,7 +210,7 @@ class Output {
 
 // Calls store(d, i, make(d, kN, i)) for kN vectors from i on at a time, then for single ones, then
 // for each index that is left with a tag of one lane; kN comes as std::integral_constant. What is
-// made of kN vectors is stored one step late.
+// made of kN vectors is stored kSteps steps late, so registers hold (kSteps + 1) kN results.
 template <typename A, int kN, int kSteps = 1, class Make, class Store>
 HWY_INLINE void map_several(int64_t n, const Make& make, const Store& store) {
   const hn::ScalableTag<A> d;

@@ -16,14 +16,9 @@
 #include "hwy/highway.h"
 
 // For lambdas that must not stay calls, whatever a function has grown to: what they return would go
-// through memory. With sanitizers, whose checks make such functions take minutes to compile, they
-// may.
+// through memory.
 #undef GDN_INLINE_ATTR
-#if HWY_IS_ASAN
-#define GDN_INLINE_ATTR HWY_ATTR
-#else
 #define GDN_INLINE_ATTR HWY_ATTR __attribute__((always_inline))
-#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace gdn {
@@ -83,16 +78,6 @@ HWY_INLINE void for_each(const F& f) {
   for_each_of(std::make_integer_sequence<int, kN>(), f);
 }
 
-template <int kJ, class F, class... X>
-HWY_INLINE auto apply_at(const F& f, const X&... x) {
-  return f(part<kJ>(x)...);
-}
-template <int... kJ, class F, class... X>
-HWY_INLINE auto apply_each(std::integer_sequence<int, kJ...>, const F& f, const X&... x) {
-  using Result = decltype(apply_at<0>(f, x...));
-  return Several<Result, sizeof...(kJ)>{{apply_at<kJ>(f, x...)...}};
-}
-
 // f(x...) for each of the several vectors among its arguments, or once where all are single.
 template <class F, class... X>
 HWY_INLINE auto side_by_side(const F& f, const X&... x) {
@@ -100,7 +85,7 @@ HWY_INLINE auto side_by_side(const F& f, const X&... x) {
   if constexpr (kN == 0) {
     return f(x...);
   } else {
-    return apply_each(std::make_integer_sequence<int, kN>(), f, x...);
+    return several<kN>([&](auto j) GDN_INLINE_ATTR { return f(part<j.value>(x)...); });
   }
 }
 
