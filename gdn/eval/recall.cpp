@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/eval/recall.h"
 
-#include <ATen/ops/argmax.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
 #include <c10/core/GradMode.h>
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops with fla's names, composed of gdn::delta_rule, the norms and the gates. They have no
 // kernels and no gradients of their own.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include <string>

@@ -8,7 +8,6 @@
 // weights.
 #include <ATen/core/Dict.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/tensor.h>
 #include <c10/core/GradMode.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>

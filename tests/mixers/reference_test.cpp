@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Each mixer on the delta-rule engine against its equations, written down once more from the papers
 // over the parameters' names: one sequence, token by token, in double precision.
-#include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/elu.h>
@@ -19,7 +17,6 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 #include <torch/utils.h>

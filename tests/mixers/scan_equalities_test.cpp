@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Equalities in double precision between forms and between mixers: Mamba, Mamba-2, RWKV-4, S4D,
 // LSTM and the attention variants.
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/randn.h>

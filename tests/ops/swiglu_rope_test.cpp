@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/cos.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/sin.h>
 #include <ATen/ops/tensor.h>
 
 #include "gdn/ops/rope.h"

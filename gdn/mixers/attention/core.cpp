@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/mixers/attention/core.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/outer.h>
-#include <ATen/ops/pow.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/softmax.h>
@@ -20,23 +17,9 @@
 
 #include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/ops/attend_step.h"
-#include "gdn/ops/rope.h"
 
 namespace gdn {
 namespace {
-
-// The definition of rotary positions, in double: pair (x_i, x_{i+R/2}) of the first R dimensions of
-// x [B,T,H,D] at position p turns by the angle p * theta^(-2i/R).
-at::Tensor naive_rotary(const at::Tensor& x, const at::Tensor& positions, double theta, int64_t R) {
-  const int64_t D = x.size(3), half = R / 2;
-  const at::Tensor p = positions.to(at::kDouble);
-  const at::Tensor exponents = at::arange(half, p.options()) * (-2.0 / static_cast<double>(R));
-  const at::Tensor angles = at::outer(p, at::pow(theta, exponents)).unsqueeze(1);
-  const at::Tensor cos = angles.cos(), sin = angles.sin();  // [T,1,R/2]
-  const at::Tensor low = x.narrow(3, 0, half), high = x.narrow(3, half, half);
-  return at::cat({low * cos - high * sin, high * cos + low * sin, x.narrow(3, R, D - R)}, 3)
-      .to(x.scalar_type());
-}
 
 // Zeros behind the last dimension up to `size`.
 at::Tensor widened(const at::Tensor& x, int64_t size) {
@@ -171,14 +154,6 @@ at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at:
     outs.push_back(scaled_dot_product(queries[i], keys[i], values[i], visible, false));
   }
   return at::cat(outs, 1);
-}
-
-at::Tensor rotate_from(const at::Tensor& x, int64_t position, double theta, int64_t rotary_dim,
-                       bool naive) {
-  const at::Tensor positions =
-      at::arange(position, position + x.size(1), at::TensorOptions(x.device()).dtype(at::kLong));
-  return naive ? naive_rotary(x, positions, theta, rotary_dim)
-               : ops::rotary(x, positions, theta, rotary_dim);
 }
 
 at::Tensor attend_with_cache(const char* mixer, AttentionCall call, StateAccess& access,

@@ -21,11 +21,6 @@ namespace gdn {
 at::Tensor softmax_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              int64_t window, bool naive);
 
-// Rotates the first rotary_dim dimensions of each head of x [B,T,H,D], at positions from
-// `position` on.
-at::Tensor rotate_from(const at::Tensor& x, int64_t position, double theta, int64_t rotary_dim,
-                       bool naive);
-
 // One call of an attention mixer.
 struct AttentionCall {
   at::Tensor q;                    // [B,T,H,D]

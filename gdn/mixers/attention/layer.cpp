@@ -6,6 +6,7 @@
 
 #include "gdn/mixers/attention/core.h"
 #include "gdn/mixers/common/options.h"
+#include "gdn/mixers/common/positions.h"
 
 namespace gdn {
 namespace {
@@ -80,8 +81,8 @@ at::Tensor Attention::forward(const at::Tensor& x, const Context& ctx) {
   call.out_dim = head_dim_;
   if (rope_theta_ > 0) {
     call.place = [&](int64_t position, at::Tensor& query, std::vector<at::Tensor>& fresh) {
-      query = rotate_from(query, position, rope_theta_, head_dim_, naive_);
-      fresh[0] = rotate_from(fresh[0], position, rope_theta_, head_dim_, naive_);
+      query = rotated(query, position, rope_theta_, naive_);
+      fresh[0] = rotated(fresh[0], position, rope_theta_, naive_);
     };
   }
   call.attend = [&](const at::Tensor& query, const std::vector<at::Tensor>& seen) {

@@ -2,10 +2,8 @@
 #include "gdn/mixers/common/memory_state.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
@@ -14,6 +12,7 @@
 #include <string>
 
 #include "gdn/kernels/test_time_memory/memory.h"
+#include "gdn/mixers/common/positions.h"
 #include "gdn/ops/common.h"
 
 namespace gdn {
@@ -69,15 +68,6 @@ at::Tensor tokens_before(const StateAccess& state) {
   return state.read("tokens");
 }
 
-at::Tensor token_positions(const StateAccess& state, int64_t B, int64_t T) {
-  const at::Tensor before = tokens_before(state);
-  if (!state.cu_seqlens().defined())
-    return (before.unsqueeze(1) + at::arange(T, at::kLong)).reshape({-1});
-  const at::Tensor cu = ops::host_cu_seqlens("memory", state.cu_seqlens(), T);
-  const at::Tensor lengths = cu.slice(0, 1) - cu.slice(0, 0, -1);
-  return at::arange(T, at::kLong) + (before - cu.slice(0, 0, -1)).repeat_interleave(lengths);
-}
-
 at::Tensor memory_with_state(ops::MemoryTensors inputs, const ops::MemoryConfig& config,
                              const MemoryStart& start, StateAccess& state, bool naive) {
   const int64_t T = inputs.q.size(1), N = state.num_sequences();
@@ -125,12 +115,7 @@ at::Tensor memory_with_state(ops::MemoryTensors inputs, const ops::MemoryConfig&
   state.write("memory", result.memory);
   if (has_s) state.write("momentum", result.momentum);
   if (has_g) state.write("gradient_at", result.gradient_at);
-  at::Tensor lengths = at::full({N}, T, at::kLong);
-  if (state.cu_seqlens().defined()) {
-    const at::Tensor cu = ops::host_cu_seqlens("memory", state.cu_seqlens(), T);
-    lengths = cu.slice(0, 1) - cu.slice(0, 0, -1);
-  }
-  state.write("tokens", inputs.position + lengths);
+  state.write("tokens", inputs.position + sequence_lengths(state, T));
   return result.o;
 }
 

@@ -38,8 +38,6 @@ void add_memory_state(State& state, int64_t sequences, int64_t heads, int64_t he
 
 // Tokens seen before this call by each of its sequences, int64 [N]; zeros without a state.
 at::Tensor tokens_before(const StateAccess& state);
-// Number of each token of the call in its sequence, int64 [B*T].
-at::Tensor token_positions(const StateAccess& state, int64_t B, int64_t T);
 
 // Runs the memory over the call's tokens from and to the state; inputs' memory, momentum,
 // gradient_at, position and cu_seqlens are filled in here. -> o [B,T,H,D].

@@ -2,11 +2,9 @@
 #include "gdn/mixers/common/modules.h"
 
 #include <ATen/ops/add.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/pow.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
@@ -199,16 +197,6 @@ at::Tensor short_conv(const at::Tensor& x, const at::Tensor& weight, const at::T
   at::Tensor y = at::zeros_like(x);
   for (int64_t j = 0; j < W; ++j) y = y + padded.narrow(1, j, T) * weight.select(2, j).select(1, 0);
   return bias.defined() ? y + bias : y;
-}
-
-at::Tensor rotary(const at::Tensor& x, const at::Tensor& positions, double theta) {
-  const int64_t D = x.size(3), half = D / 2;
-  const at::Tensor p = positions.to(at::kDouble);
-  const at::Tensor exponents = at::arange(half, p.options()) * (-2.0 / static_cast<double>(D));
-  const at::Tensor angles = (p.unsqueeze(-1) * at::pow(theta, exponents)).unsqueeze(-2);
-  const at::Tensor cos = angles.cos(), sin = angles.sin();  // [T,1,D/2] or [B,T,1,D/2]
-  const at::Tensor low = x.narrow(3, 0, half), high = x.narrow(3, half, half);
-  return at::cat({low * cos - high * sin, high * cos + low * sin}, 3).to(x.scalar_type());
 }
 
 at::Tensor gdn_gate(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias) {

@@ -115,9 +115,6 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 // x [B,T,C], weight [C,1,W], history [B,C,W] of the tokens before x.
 at::Tensor short_conv(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                       const at::Tensor& history);
-// Pair (x_i, x_{i+D/2}) of x [B,T,H,D] at position p, of positions [T] or [B,T], turns by the angle
-// p * theta^(-2i/D); in double.
-at::Tensor rotary(const at::Tensor& x, const at::Tensor& positions, double theta);
 // -exp(A_log) * log(1 + exp(a + dt_bias)), a [...,HV].
 at::Tensor gdn_gate(const at::Tensor& a, const at::Tensor& A_log, const at::Tensor& dt_bias);
 }  // namespace naive

@@ -9,6 +9,7 @@
 
 #include "gdn/mixers/attention/core.h"
 #include "gdn/mixers/common/options.h"
+#include "gdn/mixers/common/positions.h"
 #include "gdn/ops/norm.h"
 
 namespace gdn {
@@ -74,8 +75,8 @@ at::Tensor GatedAttention::forward(const at::Tensor& x, const Context& ctx) {
   call.out_dim = head_dim_;
   if (rotary_dim_ > 0) {
     call.place = [&](int64_t position, at::Tensor& query, std::vector<at::Tensor>& fresh) {
-      query = rotate_from(query, position, rope_theta_, rotary_dim_, naive_);
-      fresh[0] = rotate_from(fresh[0], position, rope_theta_, rotary_dim_, naive_);
+      query = rotated(query, position, rope_theta_, naive_, rotary_dim_);
+      fresh[0] = rotated(fresh[0], position, rope_theta_, naive_, rotary_dim_);
     };
   }
   call.attend = [&](const at::Tensor& query, const std::vector<at::Tensor>& seen) {

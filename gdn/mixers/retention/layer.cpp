@@ -2,13 +2,12 @@
 #include "gdn/mixers/retention/layer.h"
 
 #include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
 #include <vector>
 
-#include "gdn/ops/rope.h"
+#include "gdn/mixers/common/positions.h"
 
 namespace gdn {
 namespace {
@@ -19,20 +18,10 @@ constexpr double kRopeTheta = 10000;
 // int64 [B,T]: how many tokens of its sequence stand before each; advances the entry "position".
 at::Tensor advance_positions(const at::Tensor& x, StateAccess& state) {
   const int64_t T = x.size(1), N = state.num_sequences();
-  const auto options = at::TensorOptions(x.device()).dtype(at::kLong);
-  const at::Tensor past = state.given() ? state.read("position") : at::zeros({N}, options);  // [N]
-  at::Tensor positions, next;
-  if (state.cu_seqlens().defined()) {
-    const at::Tensor cu = ops::host_cu_seqlens(kName, state.cu_seqlens(), T);
-    const at::Tensor lengths = cu.narrow(0, 1, N) - cu.narrow(0, 0, N);
-    positions = (at::arange(T, options) + (past - cu.narrow(0, 0, N)).repeat_interleave(lengths))
-                    .unsqueeze(0);
-    next = past + lengths;
-  } else {
-    positions = past.unsqueeze(1) + at::arange(T, options);
-    next = past + T;
-  }
-  if (state.given()) state.write("position", next);
+  const at::Tensor past =
+      state.given() ? state.read("position") : at::zeros({N}, at::TensorOptions(at::kLong));
+  const at::Tensor positions = token_positions(state, past, T);
+  if (state.given()) state.write("position", past + sequence_lengths(state, T));
   return positions;
 }
 
@@ -65,10 +54,8 @@ DeltaInputs Retention::inputs(const at::Tensor& x, StateAccess& state) {
   DeltaInputs in = GatedLinearMixer::inputs(x, state);
   if (rope_theta_ == 0) return in;
   const at::Tensor positions = advance_positions(x, state);
-  in.q = naive_ ? naive::rotary(in.q, positions, rope_theta_)
-                : ops::rotary(in.q, positions, rope_theta_);
-  in.k = naive_ ? naive::rotary(in.k, positions, rope_theta_)
-                : ops::rotary(in.k, positions, rope_theta_);
+  in.q = rotated(in.q, positions, rope_theta_, naive_);
+  in.k = rotated(in.k, positions, rope_theta_, naive_);
   return in;
 }
 

@@ -13,7 +13,6 @@
 #include <ATen/ops/glu.h>
 #include <ATen/ops/imag.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/real.h>
 #include <ATen/ops/stack.h>

@@ -8,10 +8,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_copy.h>
-#include <ATen/ops/index_select.h>
 #include <ATen/ops/matmul.h>
-#include <ATen/ops/outer.h>
-#include <ATen/ops/pow.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softmax.h>
@@ -25,10 +22,10 @@
 #include <vector>
 
 #include "gdn/mixers/common/delta_layer.h"
+#include "gdn/mixers/common/positions.h"
 #include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/mixers/common/windows.h"
 #include "gdn/ops/common.h"
-#include "gdn/ops/rope.h"
 
 namespace gdn {
 namespace {
@@ -100,23 +97,6 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& ahead, at::TensorList k
   return at::bmm(at::softmax(scores, -1), by_head(at::cat(values, 1)))
       .unflatten(0, {R, H})
       .transpose(1, 2);
-}
-
-at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive) {
-  return rotated(x, at::arange(position, position + x.size(1), at::kLong), theta, naive);
-}
-
-at::Tensor rotated(const at::Tensor& x, const at::Tensor& positions, double theta, bool naive) {
-  if (theta == 0 || x.size(1) == 0) return x;
-  if (!naive) return ops::rotary(x, positions, theta);
-  const int64_t D = x.size(3), half = D / 2;
-  const at::Tensor exponents =
-      at::arange(half, at::TensorOptions(at::kDouble)) * (-2.0 / static_cast<double>(D));
-  const at::Tensor angles =
-      at::outer(positions.to(at::kDouble), at::pow(theta, exponents)).unsqueeze(1);
-  const at::Tensor cos = angles.cos(), sin = angles.sin();
-  const at::Tensor low = x.narrow(3, 0, half), high = x.narrow(3, half, half);
-  return at::cat({low * cos - high * sin, high * cos + low * sin}, 3).to(x.scalar_type());
 }
 
 WindowAttention::WindowAttention(const Options& options, int64_t in_features, int64_t heads,

@@ -28,10 +28,6 @@ at::Tensor prefix_scores(const at::Tensor& q0, const PrefixKeys& prefix, bool na
 at::Tensor attend(const at::Tensor& q, const at::Tensor& ahead, at::TensorList k, at::TensorList v,
                   const PrefixKeys& prefix, const at::Tensor& visible, bool naive);
 
-// Rotary positions of x [R,T,H,D], int64 [T], or counted from the first token's; theta 0: none.
-at::Tensor rotated(const at::Tensor& x, const at::Tensor& positions, double theta, bool naive);
-at::Tensor rotated(const at::Tensor& x, int64_t position, double theta, bool naive);
-
 // Causal attention in a sliding window. Its state is a ring: "window_k", "window_v"
 // [N,window,H,D], the token at position p in row p % window.
 class WindowAttention : public torch::nn::Module {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "gdn/mixers/common/loop_linear.h"
+#include "gdn/mixers/common/positions.h"
 #include "gdn/mixers/common/sequence_groups.h"
 #include "gdn/mixers/titans/layer.h"
 #include "gdn/ops/common.h"

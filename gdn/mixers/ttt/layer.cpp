@@ -3,14 +3,11 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/outer.h>
-#include <ATen/ops/pow.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
@@ -19,8 +16,8 @@
 #include <cmath>
 
 #include "gdn/mixers/common/options.h"
+#include "gdn/mixers/common/positions.h"
 #include "gdn/ops/common.h"
-#include "gdn/ops/rope.h"
 
 namespace gdn {
 namespace {
@@ -113,21 +110,6 @@ State Ttt::zero_state(int64_t sequences, const at::TensorOptions& options) const
 
 // Rotary positions inside the mini-batch. Every sequence has its own position, so the tokens of all
 // of them stand in one row.
-at::Tensor Ttt::rotate(const at::Tensor& x, const at::Tensor& positions) const {
-  const at::Tensor row = x.reshape({1, -1, num_heads_, head_dim_});
-  if (!naive_) return ops::rotary(row, positions, rope_theta_).view_as(x);
-  const int64_t half = head_dim_ / 2;
-  const at::Tensor p = positions.to(at::kDouble);
-  const at::Tensor exponents =
-      at::arange(half, p.options()) * (-2.0 / static_cast<double>(head_dim_));
-  const at::Tensor angles = at::outer(p, at::pow(rope_theta_, exponents)).unsqueeze(1);
-  const at::Tensor cos = angles.cos(), sin = angles.sin();
-  const at::Tensor low = row.narrow(3, 0, half), high = row.narrow(3, half, half);
-  return at::cat({low * cos - high * sin, high * cos + low * sin}, 3)
-      .to(x.scalar_type())
-      .view_as(x);
-}
-
 at::Tensor Ttt::forward(const at::Tensor& x, const Context& ctx) {
   StateAccess state(name_, x, ctx, *this);
   const int64_t B = x.size(0), T = x.size(1);
@@ -145,9 +127,10 @@ at::Tensor Ttt::forward(const at::Tensor& x, const Context& ctx) {
   in.k = heads(k);
   in.v = heads(v_proj_->forward(x));
   if (rope_theta_ > 0 && T > 0) {
-    const at::Tensor positions = token_positions(state, B, T).remainder(config_.chunk);
-    in.q = rotate(in.q, positions);
-    in.k = rotate(in.k, positions);
+    const at::Tensor positions =
+        token_positions(state, tokens_before(state), T).remainder(config_.chunk);
+    in.q = rotated(in.q, positions, rope_theta_, naive_);
+    in.k = rotated(in.k, positions, rope_theta_, naive_);
   }
   const at::Tensor lr = at::linear(x, lr_weight_.squeeze(1).to(x.scalar_type())).to(acc) +
                         lr_bias_.squeeze(1).to(acc);  // [B,T,H]

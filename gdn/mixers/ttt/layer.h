@@ -20,8 +20,6 @@ class Ttt : public Mixer {
   State zero_state(int64_t sequences, const at::TensorOptions& options) const override;
 
  private:
-  at::Tensor rotate(const at::Tensor& x, const at::Tensor& positions) const;
-
   const char* name_;
   int64_t num_heads_, head_dim_;
   double base_lr_, rope_theta_, norm_eps_;
