@@ -153,28 +153,19 @@ TEST(SelectiveScanOracle, GradientsEqualDifferences) {
                         Case{1, 2, {4}, false, false, true}}) {
     Data<double> data(c);
     const Results<double> r = run_naive(data);
-    const auto gradient = [&](std::vector<double>& input, const std::vector<double>& grad,
-                              const std::string& what) {
-      const std::vector<double> keep = input;
-      testing::expect_gradient(
-          keep, grad,
-          [&](const std::vector<double>& value) {
-            input = value;
-            Results<double> out(data);
-            selective_scan_naive_forward(data.params(), out.y.data(), out.final_state.data());
-            return dot(out.y, data.dy) + dot(out.final_state, data.d_final);
-          },
-          what);
-      input = keep;
+    const auto loss = [&] {
+      Results<double> out(data);
+      selective_scan_naive_forward(data.params(), out.y.data(), out.final_state.data());
+      return dot(out.y, data.dy) + dot(out.final_state, data.d_final);
     };
-    gradient(data.x, r.dx, "x");
-    gradient(data.dt, r.ddt, "dt");
-    gradient(data.A, r.dA, "A");
-    gradient(data.B, r.dB, "B");
-    gradient(data.C, r.dC, "C");
-    gradient(data.D, r.dD, "D");
-    gradient(data.dt_bias, r.ddt_bias, "dt_bias");
-    gradient(data.initial, r.d_initial, "initial");
+    testing::expect_gradient(data.x, r.dx, loss, "x");
+    testing::expect_gradient(data.dt, r.ddt, loss, "dt");
+    testing::expect_gradient(data.A, r.dA, loss, "A");
+    testing::expect_gradient(data.B, r.dB, loss, "B");
+    testing::expect_gradient(data.C, r.dC, loss, "C");
+    testing::expect_gradient(data.D, r.dD, loss, "D");
+    testing::expect_gradient(data.dt_bias, r.ddt_bias, loss, "dt_bias");
+    testing::expect_gradient(data.initial, r.d_initial, loss, "initial");
   }
 }
 

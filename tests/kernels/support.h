@@ -71,10 +71,11 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// Central differences of a scalar function of `x` must agree with `gradient`.
-inline void expect_gradient(std::vector<double> x, const std::vector<double>& gradient,
-                            const std::function<double(const std::vector<double>&)>& loss,
-                            const std::string& what, double tol = 1e-7) {
+// Central differences of loss() by the elements of `x`, which it reads and which stay as they were,
+// must agree with `gradient`.
+inline void expect_gradient(std::vector<double>& x, const std::vector<double>& gradient,
+                            const std::function<double()>& loss, const std::string& what,
+                            double tol = 1e-7) {
   ASSERT_EQ(x.size(), gradient.size()) << what;
   double square = 0;
   for (double g : gradient) square += g * g;
@@ -83,9 +84,9 @@ inline void expect_gradient(std::vector<double> x, const std::vector<double>& gr
   for (size_t i = 0; i < x.size(); ++i) {
     const double keep = x[i], step = 1e-5 * std::max(1.0, std::abs(keep));
     x[i] = keep + step;
-    const double up = loss(x);
+    const double up = loss();
     x[i] = keep - step;
-    const double down = loss(x);
+    const double down = loss();
     x[i] = keep;
     ASSERT_NEAR((up - down) / (2 * step), gradient[i], tol * (std::abs(gradient[i]) + rms))
         << what << " at " << i;

@@ -86,22 +86,20 @@ TEST(Swiglu, EachNumberOfBf16IsRoundedToANeighbour) {
 
 TEST(Swiglu, OracleGradientsAgreeWithFiniteDifferences) {
   const int64_t rows = 3, dim = 4, n = rows * dim;
-  const std::vector<double> wide = random_normal<double>(2 * n, 1),
-                            dy = random_normal<double>(n, 2);
+  std::vector<double> wide = random_normal<double>(2 * n, 1);
+  const std::vector<double> dy = random_normal<double>(n, 2);
   std::vector<double> dgate(n), dup(n), gradient(2 * n);
   swiglu_naive_backward(halves_of(wide, rows, dim), dy.data(), dgate.data(), dup.data());
   for (int64_t row = 0; row < rows; ++row) {
     std::copy_n(&dgate[row * dim], dim, &gradient[row * 2 * dim]);
     std::copy_n(&dup[row * dim], dim, &gradient[row * 2 * dim + dim]);
   }
-  testing::expect_gradient(
-      wide, gradient,
-      [&](const std::vector<double>& v) {
-        std::vector<double> y(n);
-        swiglu_naive_forward(halves_of(v, rows, dim), y.data());
-        return dot(y, dy);
-      },
-      "both");
+  const auto loss = [&] {
+    std::vector<double> y(n);
+    swiglu_naive_forward(halves_of(wide, rows, dim), y.data());
+    return dot(y, dy);
+  };
+  testing::expect_gradient(wide, gradient, loss, "both");
 }
 
 TEST(Swiglu, ExtremesStayFiniteAndSizesAreChecked) {

@@ -133,25 +133,16 @@ TEST(WkvOracle, GradientsEqualDifferences) {
   for (const Case& c : {Case{2, {5, 0, 3}, true}, Case{3, {6}, false}}) {
     Data<double> data(c);
     const Results<double> r = run_naive(data);
-    const auto gradient = [&](std::vector<double>& input, const std::vector<double>& grad,
-                              const std::string& what) {
-      const std::vector<double> keep = input;
-      testing::expect_gradient(
-          keep, grad,
-          [&](const std::vector<double>& value) {
-            input = value;
-            Results<double> out(data);
-            wkv_naive_forward(data.params(), out.y.data(), out.final_state.data());
-            return dot(out.y, data.dy) + dot(out.final_state, data.d_final);
-          },
-          what);
-      input = keep;
+    const auto loss = [&] {
+      Results<double> out(data);
+      wkv_naive_forward(data.params(), out.y.data(), out.final_state.data());
+      return dot(out.y, data.dy) + dot(out.final_state, data.d_final);
     };
-    gradient(data.w, r.dw, "w");
-    gradient(data.u, r.du, "u");
-    gradient(data.k, r.dk, "k");
-    gradient(data.v, r.dv, "v");
-    if (c.initial) gradient(data.initial, r.d_initial, "initial");
+    testing::expect_gradient(data.w, r.dw, loss, "w");
+    testing::expect_gradient(data.u, r.du, loss, "u");
+    testing::expect_gradient(data.k, r.dk, loss, "k");
+    testing::expect_gradient(data.v, r.dv, loss, "v");
+    if (c.initial) testing::expect_gradient(data.initial, r.d_initial, loss, "initial");
   }
 }
 
