@@ -8,7 +8,10 @@
 
 #include <atomic>
 #include <cerrno>
+#include <charconv>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "gdn/base/check.h"
@@ -55,6 +58,84 @@ std::string folder_of(const std::string& path) {
   return slash == 0 ? "/" : path.substr(0, slash);
 }
 
+// The folder without symbolic links, or nothing where it does not exist.
+std::string real_folder(const std::string& folder) {
+  const std::unique_ptr<char, decltype(&std::free)> real(::realpath(folder.c_str(), nullptr),
+                                                         &std::free);
+  return real ? real.get() : "";
+}
+
+// What the name of a file to write stands for.
+struct Target {
+  enum class Kind {
+    kReplaced,   // a regular file, or none yet: `path` is replaced or made
+    kOpened,     // a device, a FIFO, or a file that another process has open: `path` is opened
+    kDescriptor  // a file that this process has open, as /dev/stdout is
+  };
+  Kind kind = Kind::kReplaced;
+  std::string path;
+  int descriptor = -1;
+};
+
+// Follows symbolic links by hand: the links of /proc lead to open files, which may have no name
+// (any more), and whose position what is written must go on from.
+Target find_target(const std::string& path) {
+  GDN_CHECK(!path.empty(), "[write] the name of the file is empty");
+  std::string current = path;
+  for (int hops = 0; hops < 40; ++hops) {
+    GDN_CHECK(current.back() != '/', "[write] ", path, " is a folder, not a file");
+    struct stat info {};
+    if (::lstat(current.c_str(), &info) != 0) {
+      if (errno == ENOENT) return {Target::Kind::kReplaced, current, -1};
+      throw Error(str_cat("[write] cannot write ", path, ": ", cause(errno)));
+    }
+    GDN_CHECK(!S_ISDIR(info.st_mode), "[write] ", path, " is a folder, not a file");
+    GDN_CHECK(!S_ISSOCK(info.st_mode), "[write] ", path, " is a socket, not a file");
+    if (S_ISREG(info.st_mode)) return {Target::Kind::kReplaced, current, -1};
+    if (!S_ISLNK(info.st_mode)) return {Target::Kind::kOpened, current, -1};
+    const std::string folder = real_folder(folder_of(current));
+    const std::string name = current.substr(current.rfind('/') + 1);
+    if (folder == str_cat("/proc/", ::getpid(), "/fd")) {
+      Target target{Target::Kind::kDescriptor, current, -1};
+      std::from_chars(name.data(), name.data() + name.size(), target.descriptor);
+      return target;
+    }
+    if (folder.starts_with("/proc/") && folder.ends_with("/fd"))
+      return {Target::Kind::kOpened, current, -1};
+    std::string link(4096, '\0');
+    const ssize_t size = ::readlink(current.c_str(), link.data(), link.size());
+    GDN_CHECK(size > 0, "[write] cannot write ", path, ": ", cause(errno));
+    link.resize(static_cast<size_t>(size));
+    current = link.front() == '/' ? link : str_cat(folder, "/", link);
+  }
+  throw Error(str_cat("[write] cannot write ", path, ": ", cause(ELOOP)));
+}
+
+// Makes the file that is to become `target`, which `path` stands for.
+std::pair<int, std::string> open_temporary(const std::string& path, const std::string& target) {
+  static std::atomic<unsigned> counter{0};
+  std::string name = str_cat(target, ".tmp-", ::getpid(), "-", counter++);
+  const int fd = open_retrying(name.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);
+  if (fd < 0) {
+    const int error = errno;
+    const std::string folder = folder_of(target);
+    GDN_CHECK(error != ENOENT, "[write] cannot write ", path, ": the folder ", folder,
+              " does not exist");
+    throw Error(str_cat("[write] cannot write ", path, ": no file can be made in the folder ",
+                        folder, ": ", cause(error)));
+  }
+  return {fd, std::move(name)};
+}
+
+// Opens what is not replaced.
+int open_target(const std::string& path, const Target& target) {
+  const int fd = target.kind == Target::Kind::kDescriptor
+                     ? ::fcntl(target.descriptor, F_DUPFD_CLOEXEC, 0)
+                     : open_retrying(target.path.c_str(), O_WRONLY | O_NOCTTY);
+  GDN_CHECK(fd >= 0, "[write] cannot open ", path, ": ", cause(errno));
+  return fd;
+}
+
 }  // namespace
 
 FileWriter::FileWriter(int fd, std::string path) : fd_(fd), path_(std::move(path)) {
@@ -97,23 +178,55 @@ void sync_folder(const std::string& folder) {
 }
 
 void atomic_write_file(const std::string& path, const std::function<void(FileWriter&)>& fill) {
-  static std::atomic<unsigned> counter{0};
-  const std::string temporary = str_cat(path, ".tmp-", ::getpid(), "-", counter++);
-  Descriptor fd(open_retrying(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666));
-  GDN_CHECK(fd.get() >= 0, "[write] cannot create ", temporary, ": ", cause(errno));
+  const Target target = find_target(path);
+  if (target.kind != Target::Kind::kReplaced) {
+    Descriptor fd(open_target(path, target));
+    FileWriter writer(fd.get(), path);
+    fill(writer);
+    writer.flush();
+    // What has nothing to sync, such as a pipe, says EINVAL.
+    GDN_CHECK(::fsync(fd.get()) == 0 || errno == EINVAL || errno == EROFS || errno == ENOTSUP,
+              "[write] ", path, ": ", cause(errno));
+    GDN_CHECK(::close(fd.release()) == 0, "[write] ", path, ": ", cause(errno));
+    return;
+  }
+  const auto [opened, temporary] = open_temporary(path, target.path);
+  Descriptor fd(opened);
   try {
     FileWriter writer(fd.get(), path);
     fill(writer);
     writer.flush();
     GDN_CHECK(::fsync(fd.get()) == 0, "[write] ", path, ": ", cause(errno));
     GDN_CHECK(::close(fd.release()) == 0, "[write] ", path, ": ", cause(errno));
-    GDN_CHECK(::rename(temporary.c_str(), path.c_str()) == 0, "[write] cannot rename ", temporary,
-              " to ", path, ": ", cause(errno));
+    GDN_CHECK(::rename(temporary.c_str(), target.path.c_str()) == 0, "[write] cannot rename ",
+              temporary, " to ", target.path, ": ", cause(errno));
   } catch (...) {
     ::unlink(temporary.c_str());
     throw;
   }
-  sync_folder(folder_of(path));
+  sync_folder(folder_of(target.path));
+}
+
+void check_writable(const std::string& path) {
+  const Target target = find_target(path);
+  switch (target.kind) {
+    case Target::Kind::kReplaced: {
+      const auto [opened, temporary] = open_temporary(path, target.path);
+      const Descriptor fd(opened);
+      ::unlink(temporary.c_str());
+      return;
+    }
+    case Target::Kind::kOpened:  // not opened: that would wait for the reader of a FIFO
+      GDN_CHECK(::faccessat(AT_FDCWD, target.path.c_str(), W_OK, AT_EACCESS) == 0,
+                "[write] cannot open ", path, ": ", cause(errno));
+      return;
+    case Target::Kind::kDescriptor: {
+      const int flags = ::fcntl(target.descriptor, F_GETFL);
+      GDN_CHECK(flags >= 0 && (flags & O_ACCMODE) != O_RDONLY, "[write] cannot write ", path, ": ",
+                cause(EBADF));
+      return;
+    }
+  }
 }
 
 void atomic_write_file(const std::string& path, std::string_view content) {

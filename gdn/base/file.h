@@ -34,9 +34,16 @@ class FileWriter {
 
 // Replaces `path` by what `fill` writes, or leaves it as it was: writes a temporary file in the
 // same folder, syncs it, renames it over `path`, and syncs the folder. When anything fails, an
-// exception of `fill` included, the temporary file is removed and `path` is untouched.
+// exception of `fill` included, the temporary file is removed and `path` is untouched. Where `path`
+// is a symbolic link, that is done to the file it leads to. What is no regular file, such as a
+// device, a FIFO or /dev/stdout, is opened and written to instead, as far as `fill` gets.
 void atomic_write_file(const std::string& path, const std::function<void(FileWriter&)>& fill);
 void atomic_write_file(const std::string& path, std::string_view content);
+
+// Throws what atomic_write_file would throw before it calls `fill`: the folder does not exist or
+// takes no file, `path` is a folder. To be asked before work whose result would be lost. Leaves
+// nothing behind, and what exists untouched.
+void check_writable(const std::string& path);
 
 // A regular file mapped read-only, for as long as the object lives. An empty file has size 0 and a
 // null data().
