@@ -33,7 +33,7 @@ test-all: setup $(BUILD)/build.ninja  ## the same with the slow tests, and the m
 	scripts/test.sh $(BUILD) --all
 	$(MAKE) asan
 
-bench: setup  ## run all benchmarks (tens of minutes): bench/results/, tables and pictures of docs/performance.md
+bench: setup  ## run all benchmarks (tens of minutes): bench/results/, tables of docs/performance.md and README.md, pictures
 	cmake --preset release -DGDN_PCH=ON -DGDN_BENCH=ON
 	$(call NINJA,$(BUILD))
 	$(PYTHON) tools/bench.py run --build $(BUILD)

@@ -24,9 +24,8 @@ LOWER = {
     "model": {"base", "kernels", "ops", "mixers", "text"},
 }
 LOWER["train"] = LOWER["generate"] = LOWER["eval"] = LOWER["model"] | {"model"}
-LOWER["serve"] = LOWER["cli"] = LOWER["train"] | {"train", "generate", "eval", "serve", "bench"}
 LOWER["bench"] = LOWER["train"] | {"train", "generate"}
-LOWER["python"] = LOWER["cli"]
+LOWER["cli"] = LOWER["python"] = LOWER["train"] | {"train", "generate", "eval", "bench"}
 
 TORCH_HEADER = re.compile(r"(torch|ATen|c10|caffe2)/")
 BANNED_HEADERS = {"torch/torch.h", "torch/extension.h", "torch/all.h", "ATen/ATen.h", "ATen/Functions.h"}
