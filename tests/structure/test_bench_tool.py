@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "bench.py"
+sys.path.insert(0, str(TOOL.parent))
+import bench_goals  # noqa: E402
+import bench_tables  # noqa: E402
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def test_each_part_keeps_the_build_and_the_day_it_is_of(bench, tmp_path):
     parts = {"ops": part("aaa"), "peers": {"versions": "torch 2, transformers 5", "rows": []}, "engine 1": []}
     (tmp_path / "a-cpu-2-cpus.json").write_text(json.dumps(old | {"parts": parts}))
     loaded = bench.load(tmp_path / "a-cpu-2-cpus.json")
-    assert bench.origin(loaded) == "gdn 1 (commit aaa); compiler 12; 2026-01-01"
+    assert bench_tables.origin(loaded) == "gdn 1 (commit aaa); compiler 12; 2026-01-01"
     assert loaded["about"]["peers"]["versions"] == {"gdn": "gdn 1 (commit aaa)", "peers": "torch 2, transformers 5"}
 
     new = {"about": {"ops": about("bbb", "2026-02-02")}, "parts": {"ops": part("bbb")}, "failed": {"peers": "why"}}
@@ -47,7 +50,7 @@ def test_each_part_keeps_the_build_and_the_day_it_is_of(bench, tmp_path):
     merged = bench.load(path)
     assert set(merged["parts"]) == {"ops", "peers", "engine 1"} and merged["failed"] == {"peers": "why"}
     assert merged["about"]["ops"]["date"] == "2026-02-02" and merged["about"]["engine 1"]["date"] == "2026-01-01"
-    text = bench.origin(merged)
+    text = bench_tables.origin(merged)
     assert "- ops: gdn 1 (commit bbb); 2026-02-02" in text
     assert "- peers, engine 1: gdn 1 (commit aaa); 2026-01-01" in text
     assert bench.save(new, keep=False) == path and set(bench.load(path)["parts"]) == {"ops"}
@@ -59,17 +62,17 @@ def test_a_part_names_its_own_versions(bench):
     assert bench.versions(part("bbb"), known) == {"gdn": "gdn 1 (commit bbb)", "compiler": "12"}
 
 
-def test_rounding_does_not_contradict_the_verdict(bench):
-    assert bench.shown(1.97, 2, True, "{:.1f}x") == "1.97x"
-    assert bench.shown(2.03, 2, True, "{:.1f}x") == "2.0x"
-    assert bench.shown(1.2, 2, True, "{:.1f}x") == "1.2x"
-    assert bench.shown(0.797, 0.8, True, "{:.0f} %", 100) == "79.7 %"
-    assert bench.shown(0.802, 0.8, True, "{:.0f} %", 100) == "80 %"
-    assert bench.shown(1.1504, 1.15, False) == "1.1504"
-    assert bench.shown(1.1504, None, False) == "1.15"
+def test_rounding_does_not_contradict_the_verdict():
+    assert bench_goals.shown(1.97, 2, True, "{:.1f}x") == "1.97x"
+    assert bench_goals.shown(2.03, 2, True, "{:.1f}x") == "2.0x"
+    assert bench_goals.shown(1.2, 2, True, "{:.1f}x") == "1.2x"
+    assert bench_goals.shown(0.797, 0.8, True, "{:.0f} %", 100) == "79.7 %"
+    assert bench_goals.shown(0.802, 0.8, True, "{:.0f} %", 100) == "80 %"
+    assert bench_goals.shown(1.1504, 1.15, False) == "1.1504"
+    assert bench_goals.shown(1.1504, None, False) == "1.15"
 
 
-def test_goals_of_amx_stand_once_until_they_are_measured(bench):
+def test_goals_of_amx_stand_once_until_they_are_measured():
     def rows(engine):
         result = {
             "about": {},
@@ -78,7 +81,7 @@ def test_goals_of_amx_stand_once_until_they_are_measured(bench):
             "parts": {"ops": {"rows": [{"name": "x", "threads": 1}]}},
         }
         result["parts"]["engine 1"] = engine
-        return list(bench.goal_rows(bench.Figures(result)))
+        return list(bench_goals.goal_rows(bench_goals.Figures(result)))
 
     without = [row for row in rows([]) if ", amx" in row[0]]
     assert [row[1].split()[2] for row in without] == ["1.3x", "18x", "3", "3.0e-3", "2.5", "2.5"]
