@@ -119,8 +119,8 @@ std::pair<int, std::string> open_temporary(const std::string& path, const std::s
   if (fd < 0) {
     const int error = errno;
     const std::string folder = folder_of(target);
-    GDN_CHECK(error != ENOENT, "[write] cannot write ", path, ": the folder ", folder,
-              " does not exist");
+    GDN_CHECK(error != ENOENT || ::access(folder.c_str(), F_OK) == 0, "[write] cannot write ", path,
+              ": the folder ", folder, " does not exist");
     throw Error(str_cat("[write] cannot write ", path, ": no file can be made in the folder ",
                         folder, ": ", cause(error)));
   }

@@ -125,6 +125,9 @@ TEST_F(FileTest, WhatCannotBeWrittenIsSaidBeforehand) {
       {path("loop"),
        "[write] cannot write " + path("loop") + ": Too many levels of symbolic links"},
       {"", "[write] the name of the file is empty"},
+      {"/dev/fd/999999",
+       "[write] cannot write /dev/fd/999999: no file can be made in the folder "
+       "/dev/fd: No such file or directory"},
   };
   const auto error_of = [](const std::function<void()>& call) -> std::string {
     try {
