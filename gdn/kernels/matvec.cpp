@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/kernels/simd-inl.h"
 
@@ -18,7 +18,7 @@
 #define GDN_MATVEC_ONCE
 namespace gdn::matvec_detail {
 
-// Outputs per block: their weights are streams that the prefetcher follows, and share loads of x.
+// Outputs per block: their sums are added up together.
 inline constexpr int64_t kBlock = 4;
 // Weights per task of a thread: what is worth waking one for.
 inline constexpr int64_t kTaskWeights = 32768;
@@ -32,25 +32,33 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-// sums[o] = weight row o . x for kOut rows that lie `in` apart.
+// sums[o] = weight row o . x for kOut rows that lie `in` apart. One row after the other, in the
+// order in which they lie in memory: of several streams within one page the prefetchers lose
+// track, and weights come from memory at a quarter of the rate.
 template <int kOut>
 HWY_INLINE void dot_rows(const float* weight, const float* x, int64_t in, float* sums) {
   const hn::ScalableTag<float> d;
-  const int64_t lanes = hn::Lanes(d);
-  hn::Vec<decltype(d)> s0[kOut], s1[kOut];
-  for (int o = 0; o < kOut; ++o) s0[o] = s1[o] = hn::Zero(d);
-  int64_t i = 0;
-  for (; i + 2 * lanes <= in; i += 2 * lanes) {
-    const auto x0 = hn::LoadU(d, x + i), x1 = hn::LoadU(d, x + i + lanes);
-    for (int o = 0; o < kOut; ++o) {
-      s0[o] = hn::MulAdd(hn::LoadU(d, weight + o * in + i), x0, s0[o]);
-      s1[o] = hn::MulAdd(hn::LoadU(d, weight + o * in + i + lanes), x1, s1[o]);
-    }
-  }
+  const int64_t lanes = hn::Lanes(d), whole = in - in % lanes;
+  hn::Vec<decltype(d)> total[kOut];
   for (int o = 0; o < kOut; ++o) {
-    float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0[o], s1[o])));
-    for (int64_t j = i; j < in; ++j) sum += weight[o * in + j] * x[j];
-    sums[o] = sum;
+    const float* w = weight + o * in;
+    const auto product = [&](int64_t i, auto sum) HWY_ATTR {
+      return hn::MulAdd(hn::LoadU(d, w + i), hn::LoadU(d, x + i), sum);
+    };
+    auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 4 * lanes <= in; i += 4 * lanes) {
+      s0 = product(i, s0);
+      s1 = product(i + lanes, s1);
+      s2 = product(i + 2 * lanes, s2);
+      s3 = product(i + 3 * lanes, s3);
+    }
+    for (; i < whole; i += lanes) s0 = product(i, s0);
+    total[o] = hn::Add(hn::Add(s0, s1), hn::Add(s2, s3));
+  }
+  sums_of_lanes(d, total, sums);
+  for (int o = 0; o < kOut; ++o) {
+    for (int64_t j = whole; j < in; ++j) sums[o] += weight[o * in + j] * x[j];
   }
 }
 
@@ -72,26 +80,32 @@ template <int kOut>
 HWY_INLINE void dot_rows(const BFloat16* weight, const float* x, int64_t in, float* sums) {
   const hn::ScalableTag<float> d;
   const hn::RebindToUnsigned<decltype(d)> du;
-  const int64_t lanes = hn::Lanes(d), half = in / 2;
-  hn::Vec<decltype(d)> s0[kOut], s1[kOut];
-  for (int o = 0; o < kOut; ++o) s0[o] = s1[o] = hn::Zero(d);
-  int64_t i = 0;
-  for (; i + lanes <= half; i += lanes) {
-    const auto x0 = hn::LoadU(d, x + i), x1 = hn::LoadU(d, x + half + i);
-    for (int o = 0; o < kOut; ++o) {
-      const auto pair = load_pairs(du, weight + o * in + 2 * i);
-      s0[o] = hn::MulAdd(hn::BitCast(d, hn::ShiftLeft<16>(pair)), x0, s0[o]);
-      s1[o] = hn::MulAdd(hn::BitCast(d, hn::And(pair, hn::Set(du, 0xffff0000u))), x1, s1[o]);
-    }
-  }
+  const int64_t lanes = hn::Lanes(d), half = in / 2, whole = half - half % lanes;
+  hn::Vec<decltype(d)> total[kOut];
   for (int o = 0; o < kOut; ++o) {
-    float sum = hn::GetLane(hn::SumOfLanes(d, hn::Add(s0[o], s1[o])));
-    for (int64_t j = i; j < half; ++j) {
-      sum += to_float(weight[o * in + 2 * j]) * x[j];
-      sum += to_float(weight[o * in + 2 * j + 1]) * x[half + j];
+    const BFloat16* w = weight + o * in;
+    const auto products = [&](int64_t i, auto& even, auto& odd) HWY_ATTR {
+      const auto pair = load_pairs(du, w + 2 * i);
+      even = hn::MulAdd(hn::BitCast(d, hn::ShiftLeft<16>(pair)), hn::LoadU(d, x + i), even);
+      odd = hn::MulAdd(hn::BitCast(d, hn::And(pair, hn::Set(du, 0xffff0000u))),
+                       hn::LoadU(d, x + half + i), odd);
+    };
+    auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 2 * lanes <= half; i += 2 * lanes) {
+      products(i, s0, s1);
+      products(i + lanes, s2, s3);
     }
-    if (in % 2 == 1) sum += to_float(weight[o * in + in - 1]) * x[in - 1];
-    sums[o] = sum;
+    for (; i < whole; i += lanes) products(i, s0, s1);
+    total[o] = hn::Add(hn::Add(s0, s1), hn::Add(s2, s3));
+  }
+  sums_of_lanes(d, total, sums);
+  for (int o = 0; o < kOut; ++o) {
+    for (int64_t j = whole; j < half; ++j) {
+      sums[o] += to_float(weight[o * in + 2 * j]) * x[j];
+      sums[o] += to_float(weight[o * in + 2 * j + 1]) * x[half + j];
+    }
+    if (in % 2 == 1) sums[o] += to_float(weight[o * in + in - 1]) * x[in - 1];
   }
 }
 
@@ -99,8 +113,9 @@ template <typename T>
 void matvec_t(const MatvecParams& p) {
   using matvec_detail::blocks;
   using matvec_detail::kBlock;
-  // x as the inner loop wants it. Kept from call to call: decoding calls this for every layer.
-  thread_local std::vector<float> scratch;
+  // x as the inner loop wants it, aligned. Kept from call to call: decoding calls this for every
+  // layer.
+  thread_local PageVector<float> scratch;
   const float* x = static_cast<const float*>(p.x);
   int64_t x_stride = p.x_stride;
   if constexpr (std::is_same_v<T, BFloat16>) {
