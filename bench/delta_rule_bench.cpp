@@ -145,6 +145,7 @@ int main(int argc, char** argv) {
   if (table) return gdn::bench::print_delta_rule_table(group, json);
   gdn::add_all();
   benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::AddCustomContext("threads", std::to_string(gdn::num_threads()));
   benchmark::AddCustomContext("simd", gdn::simd_target());
   benchmark::RunSpecifiedBenchmarks();

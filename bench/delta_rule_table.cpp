@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bench/delta_rule_table.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <ctime>
 #include <functional>
+#include <iterator>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -137,11 +141,15 @@ void decode_rows(Table& table) {
     Problem p({B, 1, 16, 16, 128, 128});
     PageVector<float> pool(heads * 128 * 128, 0.01f);
     PageVector<uint16_t> half(pool.size(), 0x3c00);
+    std::vector<int64_t> slots(B);
+    std::iota(slots.rbegin(), slots.rend(), 0);
     // One after the other: each finds in the caches what it left there itself.
     const auto alone = [](const Function& f) { return medians({f}, 0.15)[0]; };
-    const double step = alone([&] { delta_rule_step(p.x, {pool.data(), B}, p.o.data()); });
+    const double step = alone([&] {
+      delta_rule_step(p.x, {pool.data(), B, slots.data()}, p.o.data());
+    });
     const double half_step = alone([&] {
-      delta_rule_step(p.x, {half.data(), B, nullptr, /*bf16=*/true}, p.o.data());
+      delta_rule_step(p.x, {half.data(), B, slots.data(), /*bf16=*/true}, p.o.data());
     });
     const double update = alone([&] { update_in_place(pool.data(), pool.size(), 16384); });
     const double twice = alone([&] { read_then_update(pool.data(), pool.size(), 16384); });
@@ -218,21 +226,29 @@ void size_rows(Table& table) {
   }
 }
 
+// With as much to spare.
+bool fits_in_memory(double bytes) {
+  const double pages = static_cast<double>(sysconf(_SC_PHYS_PAGES));
+  return 2 * bytes < pages * static_cast<double>(sysconf(_SC_PAGE_SIZE));
+}
+
 void length_rows(Table& table) {
   if (!table.wants("lengths")) return;
   double base = 0.0, base_training = 0.0;
   for (const int64_t T : {512, 2048, 8192, 32768, 65536}) {
-    Problem p({1, T, 16, 16, 128, 128}, /*training=*/T <= 16384);
+    // Backward's inputs, outputs and what forward keeps for it: 11 times a tensor of values.
+    const bool training = fits_in_memory(11.0 * 4 * 16 * 128 * static_cast<double>(T));
+    Problem p({1, T, 16, 16, 128, 128}, training);
     const auto t = medians({forward_of(p)});
     const double per_token = t[0] / static_cast<double>(T);
     if (base == 0.0) base = per_token;
     table.row("forward T=" + std::to_string(T), false, 1.10, per_token / base,
               "x time per token of T=512");
-    if (T > 16384) continue;
-    const double training = medians({training_of(p)})[0] / static_cast<double>(T);
-    if (base_training == 0.0) base_training = training;
-    table.row("forward + backward T=" + std::to_string(T), false, 1.10, training / base_training,
-              "x time per token of T=512");
+    if (!training) continue;
+    const double both_per_token = medians({training_of(p)})[0] / static_cast<double>(T);
+    if (base_training == 0.0) base_training = both_per_token;
+    table.row("forward + backward T=" + std::to_string(T), false, 1.10,
+              both_per_token / base_training, "x time per token of T=512");
     const double inputs =
         static_cast<double>(p.q.size() + p.k.size() + p.v.size() + p.g.size() + p.beta.size());
     table.row("workspace T=" + std::to_string(T), false, 1.5,
@@ -289,6 +305,17 @@ void avx2_rows(Table& table) {
 }  // namespace
 
 int print_delta_rule_table(const std::string& filter, const std::string& json_file) {
+  const char* groups[] = {"speed",   "decode", "family", "bf16", "sizes",
+                          "lengths", "packed", "few",    "avx2"};
+  if (std::none_of(std::begin(groups), std::end(groups), [&](const std::string& group) {
+        return group.find(filter) != std::string::npos;
+      })) {
+    std::fprintf(stderr, "bench_delta_rule: --table: no group is named %s; there are",
+                 filter.c_str());
+    for (const char* group : groups) std::fprintf(stderr, " %s", group);
+    std::fprintf(stderr, "\n");
+    return 2;
+  }
   Table table(filter);
   const int threads = num_threads();
   pin_threads();

@@ -279,10 +279,14 @@ double once(const std::string& key, const Measure& measure) {
 }  // namespace
 
 void pin_this_thread(int i) {
-  if (static_cast<size_t>(i) >= allowed_cpus().size()) return;
+  const std::vector<int>& cpus = allowed_cpus();
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(allowed_cpus()[static_cast<size_t>(i)], &set);
+  if (static_cast<size_t>(i) < cpus.size()) {
+    CPU_SET(cpus[static_cast<size_t>(i)], &set);
+  } else {
+    for (const int cpu : cpus) CPU_SET(cpu, &set);
+  }
   sched_setaffinity(0, sizeof(set), &set);
 }
 
@@ -369,6 +373,14 @@ double bandwidth_gbs(int threads, Access access, int64_t bytes) {
 
 double Ceilings::fma() {
   return once("fma" + std::to_string(threads_), [this] { return fma_gflops(threads_); });
+}
+
+double Ceilings::bf16() {
+  return once("bf16" + std::to_string(threads_), [this] {
+    if (const auto amx = amx_gflops(threads_)) return *amx;
+    const auto avx512 = bf16_gflops(threads_);
+    return avx512 ? *avx512 : fma();
+  });
 }
 
 double Ceilings::exp() {

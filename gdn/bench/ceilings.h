@@ -11,7 +11,8 @@
 
 namespace gdn::bench {
 
-// Pins the calling thread to the i-th of allowed_cpus(); nothing where there are fewer.
+// Pins the calling thread to the i-th of allowed_cpus(), or lets it run on all of them where there
+// are fewer.
 void pin_this_thread(int i);
 
 // fp32 multiply-adds from registers in GFLOP/s, by the best SIMD target of this machine, and by
@@ -44,6 +45,7 @@ class Ceilings {
  public:
   explicit Ceilings(int threads) : threads_(threads) {}
   double fma();
+  double bf16();  // products of bf16: AMX's, else AVX512_BF16's, else fp32 multiply-adds
   double exp();
   // The time in seconds that moving these bytes takes at least: reads that are written back in
   // place or beside, and reads or writes alone. The rates are those of a working set of all of

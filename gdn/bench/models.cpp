@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gdn/base/check.h"
+#include "gdn/bench/ceilings.h"
 #include "gdn/bench/profile.h"
 #include "gdn/bench/report.h"
 #include "gdn/mixers/mixer.h"
@@ -79,6 +80,18 @@ std::vector<std::pair<std::string, nlohmann::ordered_json>> shares(const Profile
   return list;
 }
 
+// Elements of the matrices that each token is multiplied by: all but an embedding that is not the
+// head's, too.
+int64_t weights_in_products(const CausalLM& model) {
+  int64_t elements = 0;
+  for (const auto& named : model.named_parameters()) {
+    const bool looked_up =
+        named.key().ends_with("embeddings.weight") && !model.config().tie_word_embeddings;
+    if (named.value().dim() == 2 && !looked_up) elements += named.value().numel();
+  }
+  return elements;
+}
+
 // The operations that take the most time, one line each.
 void note_operations(Report& report, const Profile& profile, const std::string& what) {
   std::vector<std::pair<double, std::string>> list;
@@ -105,10 +118,14 @@ int run_train(const Options& options) {
   const Subject subject = make_subject(options);
   const int64_t tokens = subject.batch_size * subject.seq_len;
   for (const int64_t threads : options.threads) {
-    use_threads(threads);
+    report.use_threads(threads);
+    Ceilings ceilings(static_cast<int>(threads));
     report.heading(str_cat("training step with AdamW, ", subject.name, ", B=", subject.batch_size,
-                           " T=", subject.seq_len));
+                           " T=", subject.seq_len,
+                           "; ceiling: its products with weights at the peak of multiply-adds"));
     for (const auto& [dtype_name, dtype] : dtypes(options)) {
+      const std::string name = str_cat("train step ", dtype_name);
+      if (!report.wanted(name)) continue;
       CausalLM model(subject.config);
       model.set_compute_dtype(dtype);
       AdamW optimizer(parameters_of(model), {});
@@ -118,30 +135,29 @@ int run_train(const Options& options) {
       batch.targets = batch.ids;
       batch.scored = tokens;
       const std::vector<TensorBatch> batches = {batch};
-      double forward_backward = 0;
-      int64_t steps = 0;
+      std::vector<double> updates;
       const auto step = [&] {
-        const auto start = Clock::now();
         accumulate_gradients(model, batches);
-        forward_backward += std::chrono::duration<double>(Clock::now() - start).count();
-        ++steps;
+        const auto start = Clock::now();
         optimizer.step(1e-4, optimizer.grad_norm());
         optimizer.zero_grad();
+        updates.push_back(std::chrono::duration<double>(Clock::now() - start).count());
       };
       step();
-      forward_backward = 0;
-      steps = 0;
+      updates.clear();
       const double seconds = median_seconds(step, 4 * options.seconds);
-      Row row{str_cat("train step ", dtype_name), static_cast<int>(threads), seconds,
-              static_cast<double>(tokens) / seconds, "tok/s"};
-      row.extra = {{"optimizer ms",
-                    1e3 * std::max(0.0, seconds - forward_backward / static_cast<double>(steps))}};
+      Row row{name, static_cast<int>(threads), seconds, static_cast<double>(tokens) / seconds,
+              "tok/s"};
+      // Forward, and backward by inputs and by weights.
+      row.ceiling = 1e9 * (dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma()) /
+                    (3 * 2 * static_cast<double>(weights_in_products(model)));
+      row.extra = {{"optimizer ms", 1e3 * median(updates)}};
       {
         const Profile profile;
         step();
         for (auto& share : shares(profile)) row.extra.push_back(std::move(share));
         report.add(std::move(row));
-        note_operations(report, profile, str_cat("train step ", dtype_name));
+        note_operations(report, profile, name);
       }
     }
   }
@@ -153,10 +169,12 @@ int run_decode(const Options& options) {
   Report report("decode", options, std::cout);
   const Subject subject = make_subject(options);
   for (const int64_t threads : options.threads) {
-    use_threads(threads);
-    report.heading(
-        str_cat("greedy decoding, B=1, ", subject.name, ", ", options.tokens, " tokens"));
+    report.use_threads(threads);
+    Ceilings ceilings(static_cast<int>(threads));
+    report.heading(str_cat("greedy decoding, B=1, ", subject.name, ", ", options.tokens,
+                           " tokens; ceiling: reading the weights and updating the state"));
     for (const auto& [dtype_name, dtype] : dtypes(options)) {
+      const std::string name = str_cat("decode ", dtype_name);
       CausalLM model(subject.config);
       model.set_compute_dtype(dtype);
       model.eval();
@@ -174,19 +192,14 @@ int run_decode(const Options& options) {
       const int64_t interval = std::clamp<int64_t>(
           options.interval > 0 ? options.interval : (tokens + 7) / 8, 1, tokens);
       std::vector<double> samples;
-      samples.reserve(static_cast<size_t>(tokens));
-      const auto median = [](std::vector<double> v) {
-        std::nth_element(v.begin(), v.begin() + static_cast<long>(v.size() / 2), v.end());
-        return v[v.size() / 2];
-      };
       for (int64_t t = 0; t < tokens; ++t) {
         const auto start = Clock::now();
         token();
         samples.push_back(std::chrono::duration<double>(Clock::now() - start).count());
         if ((t + 1) % interval != 0 && t + 1 != tokens) continue;
-        if (tokens <= 1024) continue;  // too short to say anything about memory
+        if (options.interval == 0 && tokens <= 1024) continue;  // too short to show growth
         const auto part = static_cast<long>(std::min(interval, (t % interval) + 1));
-        const double seconds = median({samples.end() - part, samples.end()});
+        const double seconds = median(std::vector<double>(samples.end() - part, samples.end()));
         Row row{str_cat("decode ", dtype_name, " up to ", t + 1), static_cast<int>(threads),
                 seconds, 1 / seconds, "tok/s"};
         row.extra = {{"state KiB", state.bytes() / 1024},
@@ -194,14 +207,19 @@ int run_decode(const Options& options) {
         report.add(std::move(row));
       }
       const double seconds = median(samples);
-      Row row{str_cat("decode ", dtype_name), static_cast<int>(threads), seconds, 1 / seconds,
-              "tok/s"};
+      Row row{name, static_cast<int>(threads), seconds, 1 / seconds, "tok/s"};
+      const int64_t weight_bytes =
+          weights_in_products(model) * static_cast<int64_t>(c10::elementSize(dtype));
+      const double read = ceilings.rate(Access::kRead, weight_bytes + state.bytes());
+      const double update = ceilings.rate(Access::kReadModifyWrite, weight_bytes + state.bytes());
+      row.ceiling = 1e9 / (static_cast<double>(weight_bytes) / read +
+                           2 * static_cast<double>(state.bytes()) / update);
       row.extra = {{"state KiB", state.bytes() / 1024}};
       const Profile profile;
       for (int i = 0; i < 64; ++i) token();
       for (auto& share : shares(profile)) row.extra.push_back(std::move(share));
       report.add(std::move(row));
-      note_operations(report, profile, str_cat("decode ", dtype_name));
+      note_operations(report, profile, name);
     }
   }
   report.finish();

@@ -2,6 +2,7 @@
 // gdn bench ops: every kernel against what the machine allows and against its composition from
 // torch's own operations.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/conv1d.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/linear.h>
@@ -99,7 +100,7 @@ void bench_delta(Report& report, Ceilings& ceilings, const Options& options, int
                      options.seconds);
   const double tokens = static_cast<double>(shape.B * shape.T);
   Row row{forward, threads, seconds[0], 1e-9 * shape.flops() / seconds[0], "GFLOP/s"};
-  row.ceiling = ceilings.fma();
+  row.ceiling = shape.dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma();
   row.extra = {{"tok/s", tokens / seconds[0]}};
   report.add(row);
   row = Row(both, threads, seconds[1]);
@@ -131,10 +132,11 @@ void bench_step(Report& report, Ceilings& ceilings, const Options& options, int 
   const Tensors x = delta_inputs(shape, false);
   const auto token = [](const Tensor& t) { return t.select(1, 0); };
   Tensor state = at::zeros({B, H, K, V});
+  const Tensor slots = at::arange(B, at::kLong).flip(0);
   const double seconds = median_seconds(
       [&] {
         ops::delta_rule_step_(token(x[0]), token(x[1]), token(x[2]), token(x[3]), token(x[4]), {},
-                              {}, state, {}, {}, "key");
+                              {}, state, slots, {}, "key");
       },
       options.seconds / 2);
   const int64_t bytes = static_cast<int64_t>(state.nbytes());
@@ -148,13 +150,12 @@ void bench_step(Report& report, Ceilings& ceilings, const Options& options, int 
 void bench_linear(Report& report, Ceilings& ceilings, const Options& options, int threads,
                   at::ScalarType dtype, int64_t rows, int64_t in, int64_t out) {
   const std::string name = str_cat("linear ", name_of(dtype), " ", rows, "x", in, " to ", out);
-  if (!report.wanted(name)) return;
+  if (!report.wanted(name + " forward") && !report.wanted(name + " backward")) return;
   const Tensor x = at::randn({rows, in}).to(dtype).set_requires_grad(true),
                w = at::randn({out, in}).to(dtype).set_requires_grad(true),
                dy = at::randn({rows, out}).to(dtype);
   const double flops = 2.0 * static_cast<double>(rows * in * out);
-  const double ceiling =
-      dtype == at::kBFloat16 ? bf16_gflops(threads).value_or(0.0) : ceilings.fma();
+  const double ceiling = dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma();
   const auto add = [&](const std::string& what, const std::vector<double>& seconds, double work) {
     Row row(name + what, threads, seconds[0], 1e-9 * work / seconds[0], "GFLOP/s");
     row.ceiling = ceiling;
@@ -200,7 +201,7 @@ struct Small {
 
 void bench_small(Report& report, Ceilings& ceilings, const Options& options, int threads,
                  const Small& small) {
-  if (!report.wanted(small.name)) return;
+  if (!report.wanted(small.name + " forward") && !report.wanted(small.name + " backward")) return;
   Tensors inputs = small.inputs;
   const auto set_grad = [&](bool on) {
     for (size_t i = 0; i < small.differentiable; ++i) inputs[i].set_requires_grad(on);
@@ -388,9 +389,10 @@ int run_ops(const Options& options) {
   const bool fp32 = options.dtype != "bf16", bf16 = options.dtype != "fp32";
   for (const int64_t n : options.threads) {
     const int threads = static_cast<int>(n);
-    use_threads(n);
+    report.use_threads(n);
     Ceilings ceilings(threads);
-    report.heading("delta rule, K=V=128 unless said; ceiling: fp32 multiply-adds");
+    report.heading(
+        "delta rule, K=V=128 unless said; ceiling: multiply-adds of fp32, products of bf16");
     std::vector<DeltaShape> shapes;
     if (fp32) {
       for (const int64_t T : {512, 4096}) {
@@ -409,7 +411,7 @@ int run_ops(const Options& options) {
         bench_step(report, ceilings, options, threads, B, H);
       }
     }
-    report.heading("products with weights; ceiling: fp32 multiply-adds, or AVX512_BF16's");
+    report.heading("products with weights; ceiling: multiply-adds of fp32, products of bf16");
     for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
       if (!(dtype == at::kFloat ? fp32 : bf16)) continue;
       for (const auto& [rows, in, out] : {std::tuple<int, int, int>{4096, 256, 256},

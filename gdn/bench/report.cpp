@@ -8,6 +8,10 @@
 #include <chrono>
 #include <cstdio>
 #include <iostream>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <utility>
 
 #include "gdn/base/check.h"
 #include "gdn/base/file.h"
@@ -44,18 +48,36 @@ std::string text_of(const nlohmann::ordered_json& value) {
 
 Report::Report(std::string what, const Options& options, std::ostream& out)
     : what_(std::move(what)), options_(options), out_(out) {
+  if (!options_.out.empty()) check_writable(options_.out);
   if (options_.json) return;
   const auto machine = machine_info();
   out_ << "gdn bench " << what_ << ": " << text_of(machine["cpu"]) << ", " << machine["cores"]
-       << " CPUs, SIMD " << text_of(machine["simd"]) << ", torch " << TORCH_VERSION << "\n"
+       << " CPUs, SIMD " << text_of(machine["simd"]) << "; " << options_.version << ", compiler "
+       << __VERSION__ << "\n"
        << std::flush;
 }
 
-void Report::heading(const std::string& text) {
-  if (!options_.json) out_ << "\n" << text << "\n" << std::flush;
+void Report::use_threads(int64_t n) {
+  at::set_num_threads(static_cast<int>(n));
+  const size_t cpus = allowed_cpus().size();
+  const bool pinned = static_cast<size_t>(n) <= cpus;
+  parallel_for(0, n, 1, [&](int64_t, int64_t) {
+    pin_this_thread(pinned ? at::get_thread_num() : std::numeric_limits<int>::max());
+  });
+  if (!pinned) note(str_cat(n, " threads on ", cpus, cpus == 1 ? " CPU" : " CPUs", ": not pinned"));
+}
+
+void Report::heading(const std::string& text) { heading_ = text; }
+
+void Report::print(const std::string& line) {
+  if (options_.json) return;
+  if (!heading_.empty()) out_ << "\n" << heading_ << "\n";
+  heading_.clear();
+  out_ << line << "\n" << std::flush;
 }
 
 void Report::add(Row row) {
+  if (!wanted(row.name)) return;
   nlohmann::ordered_json json = {{"name", row.name}, {"threads", row.threads}};
   if (row.seconds > 0) json["ms"] = 1e3 * row.seconds;
   if (row.rate > 0) {
@@ -74,14 +96,14 @@ void Report::add(Row row) {
   }
   std::snprintf(line, sizeof(line), "%-46s %dT %10s %16s  %-18s", row.name.c_str(), row.threads,
                 row.seconds > 0 ? duration(row.seconds).c_str() : "", rate.c_str(), share);
-  out_ << line;
-  for (const auto& [key, value] : row.extra) out_ << "  " << key << " " << text_of(value);
-  out_ << "\n" << std::flush;
+  std::string text = line;
+  for (const auto& [key, value] : row.extra) text += "  " + key + " " + text_of(value);
+  print(text);
 }
 
 void Report::note(const std::string& text) {
   notes_.push_back(text);
-  if (!options_.json) out_ << "note: " << text << "\n" << std::flush;
+  print("note: " + text);
 }
 
 bool Report::wanted(const std::string& name) const {
@@ -89,6 +111,10 @@ bool Report::wanted(const std::string& name) const {
 }
 
 void Report::finish() {
+  if (rows_.empty() && !options_.filter.empty()) {
+    throw UsageError(str_cat("no row of gdn bench ", what_, " has a name that contains \"",
+                             options_.filter, "\"; without --filter it prints them all"));
+  }
   const nlohmann::ordered_json all = {{"bench", what_},
                                       {"machine", machine_info()},
                                       {"versions", version_info(options_)},
@@ -104,12 +130,6 @@ nlohmann::ordered_json machine_info() {
 
 nlohmann::ordered_json version_info(const Options& options) {
   return {{"gdn", options.version}, {"torch", TORCH_VERSION}, {"compiler", __VERSION__}};
-}
-
-void use_threads(int64_t n) {
-  at::set_num_threads(static_cast<int>(n));
-  if (static_cast<size_t>(n) > allowed_cpus().size()) return;
-  parallel_for(0, n, 1, [](int64_t, int64_t) { pin_this_thread(at::get_thread_num()); });
 }
 
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
@@ -129,12 +149,14 @@ std::vector<double> median_seconds(const std::vector<std::function<void()>>& fun
     }
   }
   std::vector<double> medians;
-  for (auto& s : samples) {
-    const auto middle = s.begin() + static_cast<std::ptrdiff_t>(s.size() / 2);
-    std::nth_element(s.begin(), middle, s.end());
-    medians.push_back(*middle);
-  }
+  for (auto& s : samples) medians.push_back(median(std::move(s)));
   return medians;
+}
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
 double median_seconds(const std::function<void()>& function, double seconds) {
@@ -143,55 +165,56 @@ double median_seconds(const std::function<void()>& function, double seconds) {
 
 int run_ceilings(const Options& options) {
   Report report("ceilings", options, std::cout);
-  const auto add = [&](const std::string& name, int threads, double rate, const char* unit) {
-    Row row{name, threads};
-    row.rate = rate;
-    row.unit = unit;
+  // Measures only what is wanted.
+  const auto add = [&](const std::string& name, int threads, const char* unit, const auto& rate,
+                       double ceiling = 0) {
+    if (!report.wanted(name)) return;
+    const std::optional<double> measured = rate();
+    if (!measured) return report.note(name + ": not available");
+    Row row{name, threads, 0, *measured, unit};
+    row.ceiling = ceiling;
     report.add(std::move(row));
   };
   for (const int64_t n : options.threads) {
     const int t = static_cast<int>(n);
+    report.use_threads(n);
     report.heading("arithmetic, " + std::to_string(t) + (t == 1 ? " thread" : " threads"));
-    const double fma = fma_gflops(t);
-    add(str_cat("fp32 multiply-add, ", simd_target()), t, fma, "GFLOP/s");
-    if (const auto avx2 = avx2_fma_gflops(t)) add("fp32 multiply-add, AVX2", t, *avx2, "GFLOP/s");
-    if (const auto bf16 = bf16_gflops(t)) {
-      add("bf16 products, AVX512_BF16", t, *bf16, "GFLOP/s");
-    } else {
-      report.note("bf16 products, AVX512_BF16: not available");
-    }
-    if (const auto amx = amx_gflops(t)) {
-      add("bf16 products, AMX", t, *amx, "GFLOP/s");
-    } else {
-      report.note("bf16 products, AMX: not available");
-    }
+    Ceilings ceilings(t);
+    add(str_cat("fp32 multiply-add, ", simd_target()), t, "GFLOP/s",
+        [&] { return ceilings.fma(); });
+    add("fp32 multiply-add, AVX2", t, "GFLOP/s", [&] { return avx2_fma_gflops(t); });
+    add("bf16 products, AVX512_BF16", t, "GFLOP/s", [&] { return bf16_gflops(t); });
+    add("bf16 products, AMX", t, "GFLOP/s", [&] { return amx_gflops(t); });
     for (const auto& [m, n_, k] : {std::tuple<int, int, int>{64, 128, 128},
                                    {32, 128, 128},
                                    {16, 128, 128},
                                    {128, 16, 128},
                                    {128, 32, 16}}) {
       for (const int64_t batch : {1, 6}) {
-        Row row{str_cat("fp32 product ", m, "x", n_, "x", k, batch == 1 ? ", one" : ", of six"), t};
-        row.rate = small_gemm_gflops(t, m, n_, k, batch);
-        row.unit = "GFLOP/s";
-        row.ceiling = fma;
-        report.add(std::move(row));
+        const std::string name =
+            str_cat("fp32 product ", m, "x", n_, "x", k, batch == 1 ? ", one" : ", of six");
+        if (report.wanted(name)) {
+          add(
+              name, t, "GFLOP/s", [&] { return small_gemm_gflops(t, m, n_, k, batch); },
+              ceilings.fma());
+        }
       }
     }
-    add("exp, fp32, in L1", t, exp_grate(t), "Gexp/s");
+    add("exp, fp32, in L1", t, "Gexp/s", [&] { return exp_grate(t); });
     if (n == options.threads.front()) {
-      for (const auto& [name, rate] : unit_rates(t)) add("512 bits: " + name, t, rate, "G/s");
+      for (const auto& [name, rate] : unit_rates(t)) {
+        add("512 bits: " + name, t, "G/s", [&] { return rate; });
+      }
     }
     report.heading("memory, bytes in all");
     for (const int64_t kib :
          {32 * n, 512 * n, int64_t{4096}, int64_t{16384}, int64_t{65536}, int64_t{262144}}) {
       const std::string size = kib >= 1024 ? str_cat(kib / 1024, " MiB") : str_cat(kib, " KiB");
-      const int64_t bytes = kib * 1024;
-      add("read " + size, t, bandwidth_gbs(t, Access::kRead, bytes), "GB/s");
-      add("read and write in place " + size, t, bandwidth_gbs(t, Access::kReadModifyWrite, bytes),
-          "GB/s");
-      add("read one half, write the other " + size, t, bandwidth_gbs(t, Access::kCopy, bytes),
-          "GB/s");
+      for (const auto& [what, access] : {std::pair<const char*, Access>{"read ", Access::kRead},
+                                         {"read and write in place ", Access::kReadModifyWrite},
+                                         {"read one half, write the other ", Access::kCopy}}) {
+        add(what + size, t, "GB/s", [&] { return bandwidth_gbs(t, access, kib * 1024); });
+      }
     }
   }
   report.finish();

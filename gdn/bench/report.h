@@ -49,20 +49,28 @@ struct Row {
 
 class Report {
  public:
-  // `what`: the command, "ops". Writes the table to `out`, unless JSON is asked for.
+  // `what`: the command, "ops". Writes the table to `out`, unless JSON is asked for. Throws where
+  // the file that the options ask for can't be written.
   Report(std::string what, const Options& options, std::ostream& out);
 
-  void heading(const std::string& text);
-  void add(Row row);
-  void note(const std::string& text);  // in the table and in JSON's "notes"
+  // torch's threads become n, each pinned to a CPU of its own where there are enough; a note says
+  // where there are not.
+  void use_threads(int64_t n);
+  void heading(const std::string& text);  // over the rows that follow, if any do
+  void add(Row row);                      // if its name is wanted
+  void note(const std::string& text);     // in the table and in JSON's "notes"
   bool wanted(const std::string& name) const;
-  // The JSON object, on stdout and in the file where the options ask for them.
+  // The JSON object, on stdout and in the file where the options ask for them. Throws UsageError
+  // where the filter left no row.
   void finish();
 
  private:
   std::string what_;
   Options options_;
+  void print(const std::string& line);
+
   std::ostream& out_;
+  std::string heading_;  // not yet printed
   nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
   nlohmann::ordered_json notes_ = nlohmann::ordered_json::array();
 };
@@ -71,15 +79,13 @@ class Report {
 nlohmann::ordered_json machine_info();
 nlohmann::ordered_json version_info(const Options& options);
 
-// torch's threads become n, each pinned to a CPU of its own where there are enough.
-void use_threads(int64_t n);
-
 // Median seconds of each function, called in turn for about `seconds` in all, at least 3 times.
 // `warm`: each is called once more before every call that counts, so that it finds in the caches
 // what it left there itself, as the ceilings do, and not what the function before it left.
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
                                    double seconds, bool warm = false);
 double median_seconds(const std::function<void()>& function, double seconds);
+double median(std::vector<double> values);
 
 // The commands. Each returns the exit status.
 int run_ceilings(const Options& options);

@@ -33,10 +33,15 @@ void add_bench_command(CLI::App& app, Run& run) {
   command->add_option("-t,--threads", o.threads, "Numbers of threads, each in turn; default: all")
       ->check(CLI::Range(1, 1024))
       ->type_name("N ...");
-  command->add_option("--seconds", o.seconds, "Seconds of measuring for each row")
+  command
+      ->add_option("--seconds", o.seconds,
+                   "About how many seconds of measuring for each row of ops and mixers, a quarter "
+                   "of those for a "
+                   "row of train")
       ->check(CLI::Range(0.001, 1000.0))
       ->capture_default_str();
-  command->add_option("--filter", o.filter, "Only rows whose name contains this (ops, mixers)");
+  command->add_option("--filter", o.filter,
+                      "Only rows whose name, as it is printed, contains this");
   command->add_option("--dtype", o.dtype, "fp32, bf16 or all (ops, train, decode)")
       ->check(CLI::IsMember({"fp32", "bf16", "all"}))
       ->capture_default_str();
@@ -50,8 +55,11 @@ void add_bench_command(CLI::App& app, Run& run) {
   command->add_option("-n,--tokens", o.tokens, "decode: how many tokens")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->capture_default_str();
-  command->add_option("--interval", o.interval,
-                      "decode: tokens per line of time and memory; 0: an eighth of --tokens");
+  command
+      ->add_option("--interval", o.interval,
+                   "decode: tokens per line of time and memory; 0: an eighth of --tokens if "
+                   "these are more than 1024, else no such lines")
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--hidden-size", o.hidden_size, "mixers: width of the layer")
       ->check(CLI::Range(1, 65536))
       ->capture_default_str();

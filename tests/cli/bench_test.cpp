@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -9,6 +10,7 @@
 #include <string>
 
 #include "gdn/base/file.h"
+#include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
 #include "gdn/bench/profile.h"
 #include "gdn/bench/small_kernels.h"
@@ -72,6 +74,9 @@ TEST_F(Bench, TrainTimesAStepOfAConfigurationAndItsParts) {
       sum += row.at(part).get<double>();
     }
     EXPECT_NEAR(sum, 100, 0.1);
+    EXPECT_GT(row.at("optimizer ms").get<double>(), 0);
+    EXPECT_LT(row.at("optimizer ms").get<double>(), row.at("ms").get<double>());
+    EXPECT_GT(row.at("of_ceiling").get<double>(), 0);
   }
   EXPECT_EQ(json::parse(read_text_file(out())).at("rows"), rows);
 }
@@ -118,8 +123,51 @@ TEST_F(Bench, OpsTakesAFilterAndComparesWithTorch) {
     EXPECT_GT(row["of memory or own"].get<double>(), 0);
     EXPECT_GT(row["in L1 ms"].get<double>(), 0);
   }
-  EXPECT_THAT(call({"bench", "ops", "--filter", "no such row", "--threads", "1"}).out,
-              HasSubstr("gdn bench ops"));
+  const Result none = call({"bench", "ops", "--filter", "no such row", "--threads", "1"});
+  EXPECT_EQ(none.status, 2);
+  EXPECT_THAT(none.err, HasSubstr("no such row"));
+}
+
+TEST_F(Bench, AFilterMayBeAWholeName) {
+  const auto names = [&](const std::string& what, const std::string& filter) {
+    std::vector<std::string> list;
+    const Result result = call({"bench", what, "--filter", filter, "--hidden-size", "64",
+                                "--seconds", "0.001", "--threads", "1", "--json"});
+    EXPECT_EQ(result.status, 0) << result.err;
+    const json all = json::parse(result.out);
+    for (const json& row : all.at("rows")) {
+      list.push_back(row["name"]);
+      EXPECT_GT(row["rate"].get<double>(), 0) << row;
+    }
+    return list;
+  };
+  using ::testing::ElementsAre;
+  EXPECT_THAT(names("ops", "SwiGLU bf16 backward"), ElementsAre("SwiGLU bf16 backward"));
+  EXPECT_THAT(names("ops", "linear fp32 4096x256 to 768 forward"),
+              ElementsAre("linear fp32 4096x256 to 768 forward"));
+  EXPECT_THAT(names("mixers", "mamba2 decode"), ElementsAre("mamba2 decode B=1 after 8192 tokens"));
+  EXPECT_THAT(names("ceilings", "exp, fp32"), ElementsAre("exp, fp32, in L1"));
+}
+
+TEST_F(Bench, MoreThreadsThanCpusAreNotPinnedAndSaySo) {
+  const std::string many = std::to_string(allowed_cpus().size() + 1);
+  const Result result =
+      call({"bench", "ceilings", "--filter", "exp", "--threads", "1", many, "--json"});
+  ASSERT_EQ(result.status, 0) << result.err;
+  const json notes = json::parse(result.out).at("notes");
+  ASSERT_EQ(notes.size(), 1u) << notes;
+  EXPECT_THAT(notes[0].get<std::string>(), HasSubstr(many + " threads on"));
+  cpu_set_t set;  // that of one thread before
+  ASSERT_EQ(sched_getaffinity(0, sizeof(set), &set), 0);
+  EXPECT_EQ(static_cast<size_t>(CPU_COUNT(&set)), allowed_cpus().size());
+}
+
+TEST_F(Bench, AFileThatCannotBeWrittenIsRefusedBeforeTheRun) {
+  const std::string nowhere = out() + "/missing/out.json";
+  const Result result = call({"bench", "ops", "--threads", "1", "--out", nowhere});
+  EXPECT_NE(result.status, 0);
+  EXPECT_EQ(result.out, "");
+  EXPECT_THAT(result.err, HasSubstr(nowhere));
 }
 
 TEST_F(Bench, MixersRunsWhatTheFilterNames) {
@@ -147,6 +195,7 @@ TEST_F(Bench, WrongUsageIsRefused) {
   EXPECT_EQ(call({"bench", "everything"}).status, 2);
   EXPECT_EQ(call({"bench", "ops", "--threads", "0"}).status, 2);
   EXPECT_EQ(call({"bench", "train", "--config", "no such file"}).status, 2);
+  EXPECT_EQ(call({"bench", "decode", "--interval", "-5"}).status, 2);
 }
 
 TEST(Ceilings, FollowTheHardware) {
