@@ -10,8 +10,8 @@
 #include <cstring>
 
 #include "gdn/base/check.h"
-#include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
 
 #ifndef GDN_MATVEC_ONCE  // what does not depend on the SIMD target
@@ -113,16 +113,15 @@ template <typename T>
 void matvec_t(const MatvecParams& p) {
   using matvec_detail::blocks;
   using matvec_detail::kBlock;
-  // x as the inner loop wants it, aligned. Kept from call to call: decoding calls this for every
-  // layer.
-  thread_local PageVector<float> scratch;
   const float* x = static_cast<const float*>(p.x);
   int64_t x_stride = p.x_stride;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    scratch.resize(static_cast<size_t>(p.rows * p.in));
+    // As the inner loop wants it, aligned.
+    float* widened = reinterpret_cast<float*>(
+        thread_scratch(static_cast<size_t>(p.rows * p.in) * sizeof(float)));
     for (int64_t row = 0; row < p.rows; ++row) {
       const BFloat16* from = static_cast<const BFloat16*>(p.x) + row * p.x_stride;
-      float* to = scratch.data() + row * p.in;
+      float* to = widened + row * p.in;
       const int64_t half = p.in / 2;
       for (int64_t i = 0; i < half; ++i) {
         to[i] = to_float(from[2 * i]);
@@ -130,7 +129,7 @@ void matvec_t(const MatvecParams& p) {
       }
       if (p.in % 2 == 1) to[p.in - 1] = to_float(from[p.in - 1]);
     }
-    x = scratch.data();
+    x = widened;
     x_stride = p.in;
   }
   int64_t total = 0;

@@ -1,9 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gdn/kernels/scratch.h"
 
+#include <atomic>
+#include <cstring>
+
 #include "gdn/base/pages.h"
 
 namespace gdn {
+namespace {
+std::atomic<bool> poisoned{false};
+}  // namespace
+
+void poison_scratch(bool on) { poisoned = on; }
 
 uint8_t* thread_scratch(size_t bytes) {
   thread_local PageVector<uint8_t> block;
@@ -13,6 +21,7 @@ uint8_t* thread_scratch(size_t bytes) {
     block = {};
     block.resize(bytes);
   }
+  if (poisoned.load(std::memory_order_relaxed)) std::memset(block.data(), 0xff, bytes);
   return block.data();
 }
 

@@ -11,6 +11,10 @@ namespace gdn {
 // allocating the few hundred KiB of a worker anew would cost page faults worth several chunks.
 uint8_t* thread_scratch(size_t bytes);
 
+// For tests: while it is on, thread_scratch fills what it hands out with NaN of any type (bytes of
+// 0xff), so that a read of what a call has not written shows in its results.
+void poison_scratch(bool on);
+
 // Hands out aligned pieces of one block; a first pass with base null finds the block's size.
 class Carver {
  public:
