@@ -151,7 +151,7 @@ void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
   const int64_t step = std::max(grain, (end - begin) / (4 * threads));
   std::exception_ptr error;
   std::mutex error_mutex;
-  pool.run(threads - 1, [&] {
+  const auto work = [&] {
     in_parallel_region = true;
     try {
       for (int64_t b = next.fetch_add(step); b < end; b = next.fetch_add(step)) {
@@ -163,7 +163,8 @@ void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
       next.store(end);
     }
     in_parallel_region = false;
-  });
+  };
+  pool.run(threads - 1, std::cref(work));
   if (error) std::rethrow_exception(error);
 }
 
@@ -173,7 +174,7 @@ ParallelBackend backend{&builtin_run, &builtin_num_threads};
 
 }  // namespace
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
+void parallel_for_ranges(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
   if (begin >= end) return;
   grain = std::max<int64_t>(grain, 1);
   if (in_parallel_region || end - begin <= grain || backend.num_threads() == 1) {

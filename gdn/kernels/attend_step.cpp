@@ -13,6 +13,7 @@
 
 #include "gdn/base/check.h"
 #include "gdn/base/parallel.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
 #include "gdn/kernels/simd/activations-inl.h"
 
@@ -120,25 +121,31 @@ void attend_step_t(const AttendStepParams& p, void* o) {
   using attend_step_detail::kSegment;
   const int64_t segments = (p.S + kSegment - 1) / kSegment, group = p.H / p.HK;
   const int64_t size = p.V + 2;
-  std::vector<A> q(p.B * p.H * p.K), partial(p.B * p.HK * segments * group * size);
-  for (size_t i = 0; i < q.size(); ++i)
+  const auto carve_all = [&](Carver carve, A*& q, A*& partial, A*& sum) {
+    q = carve.take<A>(p.B * p.H * p.K);
+    partial = carve.take<A>(p.B * p.HK * segments * group * size);
+    sum = carve.take<A>(p.V);
+    return carve.used();
+  };
+  A *q, *partial, *sum;
+  carve_all(Carver(thread_scratch(carve_all(Carver(nullptr), q, partial, sum))), q, partial, sum);
+  for (int64_t i = 0; i < p.B * p.H * p.K; ++i)
     q[i] = static_cast<A>(p.scale) * load(static_cast<const T*>(p.q) + i);
   // partial [B, HK, segments, group, V + 2]
   parallel_for(0, p.B * p.HK * segments, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
-    std::vector<A> scores(kSegment);
+    A scores[kSegment];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % segments * kSegment, pair = task / segments;
       attend_segment<T>(p, pair / p.HK, pair % p.HK, first, std::min(kSegment, p.S - first),
-                        q.data() + pair * group * p.K, scores.data(),
-                        partial.data() + task * group * size);
+                        q + pair * group * p.K, scores, partial + task * group * size);
     }
   });
   for (int64_t row = 0; row < p.B * p.H; ++row) {
-    const A* parts = partial.data() + (row / group * segments * group + row % group) * size;
+    const A* parts = partial + (row / group * segments * group + row % group) * size;
     const auto part = [&](int64_t segment) { return parts + segment * group * size; };
     A largest = -std::numeric_limits<A>::infinity();
     for (int64_t s = 0; s < segments; ++s) largest = std::max(largest, part(s)[p.V + 1]);
-    std::vector<A> sum(p.V);
+    std::fill_n(sum, p.V, A{0});
     A weight = 0;
     for (int64_t s = 0; s < segments; ++s) {
       const A factor = std::exp(part(s)[p.V + 1] - largest);

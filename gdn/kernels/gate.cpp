@@ -13,6 +13,7 @@
 #include "gdn/base/check.h"
 #include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
+#include "gdn/kernels/scratch.h"
 #include "gdn/kernels/simd-inl.h"
 #include "gdn/kernels/simd/activations-inl.h"
 
@@ -20,10 +21,11 @@ HWY_BEFORE_NAMESPACE();
 namespace gdn {
 namespace HWY_NAMESPACE {
 
-// exp(A_log) of each channel's head, so that the loops over channels need no knowledge of heads.
+// exp(A_log) of each channel's head, so that the loops over channels need no knowledge of heads; in
+// this thread's scratch memory.
 template <typename A>
-PageVector<A> channel_rates(const GateParams& p) {
-  PageVector<A> rates(p.heads * p.channels);
+const A* channel_rates(const GateParams& p) {
+  A* rates = reinterpret_cast<A*>(thread_scratch(p.heads * p.channels * sizeof(A)));
   for (int64_t i = 0; i < p.heads * p.channels; ++i) {
     rates[i] = std::exp(static_cast<const A*>(p.A_log)[i / p.channels]);
   }
@@ -34,8 +36,7 @@ template <typename T, bool kSafe>
 void gate_forward_t(const GateParams& p, Acc<T>* g) {
   using A = Acc<T>;
   const int64_t dim = p.heads * p.channels;
-  const PageVector<A> rates = channel_rates<A>(p);
-  const A* rate = rates.data();
+  const A* rate = channel_rates<A>(p);
   const A* dt_bias = static_cast<const A*>(p.dt_bias);
   const A bound = static_cast<A>(p.lower_bound.value_or(0));
   const int64_t lanes = hn::Lanes(hn::ScalableTag<A>());
@@ -135,12 +136,12 @@ void gate_backward_t(const GateParams& p, const GateGrads& grads) {
   using A = Acc<T>;
   constexpr int kRows = kSideBySide;
   const int64_t dim = p.heads * p.channels;
-  const PageVector<A> rates = channel_rates<A>(p);
+  const A* rates = channel_rates<A>(p);
   const RowBlocks blocks(p.rows, row_grain(4 * dim));
   PageVector<A> partial(blocks.count() * 2 * dim);  // of dA_log by channel, then of ddt_bias
   const int64_t element = 2 * sizeof(T) + sizeof(A);
   const GateBackwardCall<T> call = {
-      p, grads, rates.data(),
+      p, grads, rates,
       Output(p.rows * dim * element, grads.da, dim * static_cast<int64_t>(sizeof(T)))};
   parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) HWY_ATTR {
     for (int64_t block = first; block < last; ++block) {

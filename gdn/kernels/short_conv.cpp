@@ -37,7 +37,10 @@ struct Run {
 
 // Each sequence cut into pieces of at most `length`.
 inline std::vector<Run> make_tiles(const ShortConvParams& p, int64_t length) {
+  int64_t count = 0;
+  for (int64_t n = 0; n < p.num_sequences; ++n) count += chunks_of(sequence_span(p, n), length);
   std::vector<Run> tiles;
+  tiles.reserve(count);
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const TokenSpan seq = sequence_span(p, n);
     for (int64_t t = seq.begin; t < seq.end; t += length) {
@@ -48,14 +51,13 @@ inline std::vector<Run> make_tiles(const ShortConvParams& p, int64_t length) {
 }
 
 // What of each sequence lies in [tokens.begin, tokens.end).
-inline std::vector<Run> make_runs(const ShortConvParams& p, TokenSpan tokens) {
-  std::vector<Run> runs;
+inline void find_runs(const ShortConvParams& p, TokenSpan tokens, std::vector<Run>& runs) {
+  runs.clear();
   for (int64_t n = 0; n < p.num_sequences; ++n) {
     const TokenSpan seq = sequence_span(p, n);
     const TokenSpan part = {std::max(seq.begin, tokens.begin), std::min(seq.end, tokens.end)};
     if (part.size() > 0) runs.push_back({n, seq, part});
   }
-  return runs;
 }
 
 inline int64_t row_stride(const ShortConvParams& p) {
@@ -404,10 +406,13 @@ void backward(const ShortConvParams& p, const ShortConvGrads& g) {
   parallel_for(0, groups.count() * chunks, 1, [&](int64_t begin, int64_t end) HWY_ATTR {
     BackwardGroup<T, kW> worker(in, g, d_final.empty() ? nullptr : d_final.data(),
                                 d_history.empty() ? nullptr : d_history.data());
+    std::vector<Run> runs;
+    runs.reserve(p.num_sequences);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / chunks, first = task % chunks * kChunk;
-      worker.run(short_conv::make_runs(p, {groups.begin(group), groups.end(group)}), first,
-                 std::min(first + kChunk, channels), partial.data() + group * num_sums);
+      short_conv::find_runs(p, {groups.begin(group), groups.end(group)}, runs);
+      worker.run(runs, first, std::min(first + kChunk, channels),
+                 partial.data() + group * num_sums);
     }
   });
   A* dweight = static_cast<A*>(g.dweight);

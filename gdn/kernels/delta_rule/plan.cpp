@@ -121,6 +121,8 @@ Plan forward_plan(const DeltaRuleParams& x, int64_t panel_width, size_t state_by
   Plan plan;
   plan.heads = heads_per_task(cut, state_bytes, threads);
   const int64_t columns = divide_up(panels, best_pieces(cut.left, panels, threads)) * panel_width;
+  plan.tasks.reserve((x.num_sequences * x.HV - cut.left) / plan.heads +
+                     cut.left * divide_up(x.V, columns));
   for (const int64_t n : cut.order) {
     add_whole(x, cut, n, plan);
     for (int64_t h = cut.whole[n]; h < x.HV; ++h) {
@@ -140,6 +142,8 @@ Plan backward_plan(const DeltaRuleParams& x, int64_t panel_width, size_t state_b
   Plan plan;
   plan.heads =
       heads_per_task(cut, state_bytes * static_cast<size_t>(states * (x.HV / x.H)), threads);
+  plan.tasks.reserve((x.num_sequences * x.H - cut.left) / plan.heads + (together ? 0 : cut.left));
+  plan.together.reserve(together ? cut.left : 0);
   for (const int64_t n : cut.order) {
     add_whole(x, cut, n, plan);
     for (int64_t h = cut.whole[n]; h < x.H; ++h) {
