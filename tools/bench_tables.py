@@ -43,14 +43,20 @@ def small_kernels(f: Figures) -> str:
     return table(header, rows)
 
 
+def percent(row: dict) -> str:
+    return f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else "-"
+
+
+SHARE = ("of the ceiling", "of_ceiling", "{:.0%}")
+
+
 def products(f: Figures) -> str:
     rows = []
     for row in f.result["parts"].get("ops", {}).get("rows", []):
         if row["name"].startswith("linear "):
-            share = f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else "-"
-            cells = [f"{row['rate']:.0f}", share, f"{row['torch/ours']:.2f}x"]
+            cells = [f"{row['rate']:.0f} {row['unit']}", percent(row), f"{row['torch/ours']:.2f}x"]
             rows.append([row["name"], str(row["threads"]), *cells])
-    return table(["product", "threads", "GFLOP/s", "of the peak", "times at::linear"], rows)
+    return table(["product", "threads", "rate", "of the ceiling", "times at::linear"], rows)
 
 
 def plain(f: Figures, part: str, columns: list[tuple[str, str, str]]) -> str:
@@ -94,17 +100,20 @@ def mixers(f: Figures) -> str:
             [
                 name,
                 cell("forward T=512", "rate", "{:.0f}"),
+                cell("forward T=512", "of_ceiling", "{:.0%}"),
                 cell("forward T=8192", "times T=512", "{:.2f}"),
                 cell("forward T=16384", "times T=512", "{:.2f}"),
                 cell("forward+backward T=512", "rate", "{:.0f}"),
+                cell("forward+backward T=512", "of_ceiling", "{:.0%}"),
                 cell("forward+backward T=8192", "times T=512", "{:.2f}"),
                 cell(decode, "ms", "{:.3f}"),
                 cell(decode, "state KiB", "{}"),
                 cell(decode, "after 8192 tokens", "{}"),
             ]
         )
-    header = ["mixer", "forward, tok/s at T=512", "time at T=8192", "at 16384", "forward + backward, tok/s at T=512"]
-    return table([*header, "time at T=8192", "decode, ms", "state KiB", "after 8192 tokens"], rows)
+    header = ["mixer", "forward, tok/s at T=512", "of the ceiling", "time at T=8192", "at 16384"]
+    header += ["forward + backward, tok/s at T=512", "of the ceiling", "time at T=8192"]
+    return table([*header, "decode, ms", "state KiB", "after 8192 tokens"], rows)
 
 
 def memories(f: Figures) -> str:
@@ -184,6 +193,7 @@ def sections(f: Figures) -> dict[str, str]:
             [
                 ("ms", "ms", "{:.0f}"),
                 ("tok/s", "rate", "{:.0f}"),
+                SHARE,
                 ("mixer op %", "mixer op %", "{:.1f}"),
                 ("GEMM %", "GEMM %", "{:.1f}"),
                 ("small kernels %", "small kernels %", "{:.1f}"),
@@ -192,7 +202,9 @@ def sections(f: Figures) -> dict[str, str]:
             ],
         ),
         "decode": plain(
-            f, "decode", [("ms", "ms", "{:.3f}"), ("tok/s", "rate", "{:.0f}"), ("state KiB", "state KiB", "{}")]
+            f,
+            "decode",
+            [("ms", "ms", "{:.3f}"), ("tok/s", "rate", "{:.0f}"), SHARE, ("state KiB", "state KiB", "{}")],
         ),
         "long": long_decoding(f),
     }

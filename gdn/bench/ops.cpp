@@ -19,6 +19,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <iostream>
 
@@ -180,6 +181,37 @@ void bench_linear(Report& report, Ceilings& ceilings, const Options& options, in
       median_seconds(Functions{[&] { backward(ours); }, [&] { backward(torch); }},
                      options.seconds / 2),
       2 * flops);
+}
+
+// One token by weights [out,in], one after the other of many that take `bytes` in all: what
+// decoding spends its time on.
+void bench_few_rows(Report& report, Ceilings& ceilings, const Options& options, int threads,
+                    at::ScalarType dtype, int64_t in, int64_t out, int64_t bytes) {
+  const std::string name = str_cat("linear ", name_of(dtype), " 1x", in, " to ", out, ", ",
+                                   bytes >> 20, " MiB of weights");
+  if (!report.wanted(name)) return;
+  const c10::NoGradGuard no_grad;
+  const Tensor x = at::randn({1, in}).to(dtype);
+  const int64_t each = in * out * static_cast<int64_t>(c10::elementSize(dtype));
+  const Tensor weights = at::ones({bytes / each, out, in}, x.options());
+  Tensors each_weight;
+  for (int64_t i = 0; i < weights.size(0); ++i) each_weight.push_back(weights[i]);
+  const auto all = [&](const auto& product) {
+    for (const Tensor& w : each_weight) product(w);
+  };
+  const std::vector<double> seconds = median_seconds(
+      std::vector<std::function<void()>>{[&] {
+                                           all([&](const Tensor& w) {
+                                             ops::few_rows(x, std::array{ops::Projection{w, {}}});
+                                           });
+                                         },
+                                         [&] { all([&](const Tensor& w) { at::linear(x, w); }); }},
+      options.seconds / 2, /*warm=*/true);
+  Row row(name, threads, seconds[0], 1e-9 * static_cast<double>(weights.nbytes()) / seconds[0],
+          "GB/s");
+  row.ceiling = ceilings.rate(Access::kRead, static_cast<int64_t>(weights.nbytes()));
+  row.extra = {{"torch/ours", seconds[1] / seconds[0]}};
+  report.add(row);
 }
 
 // The small kernels.
@@ -419,6 +451,15 @@ int run_ops(const Options& options) {
                                           {4096, 768, 256},
                                           {2048, 2048, 2048}}) {
         bench_linear(report, ceilings, options, threads, dtype, rows, in, out);
+      }
+    }
+    report.heading("products of one token with weights in turn; ceiling: reading them");
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      if (!(dtype == at::kFloat ? fp32 : bf16)) continue;
+      for (const auto& [in, out] : {std::pair<int, int>{256, 768}, {768, 256}, {2048, 2048}}) {
+        for (const int64_t mib : {16, 256}) {
+          bench_few_rows(report, ceilings, options, threads, dtype, in, out, mib << 20);
+        }
       }
     }
     report.heading("small kernels; ceiling: memory or exp, whichever takes longer");
