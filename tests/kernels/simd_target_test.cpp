@@ -1,15 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice of instruction sets. ctest runs this whole program under GDN_SIMD=avx2 and baseline
 // too.
+#include "gdn/kernels/simd/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "tests/kernels/simd_target_test.cpp"
+// clang-format off
+#include "hwy/foreach_target.h"  // must precede highway.h
+// clang-format on
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <string>
 
-#include "gdn/kernels/simd/targets.h"
+#include "hwy/highway.h"
 #include "hwy/targets.h"
 
+HWY_BEFORE_NAMESPACE();
 namespace gdn {
+namespace HWY_NAMESPACE {
+
+const char* compiled_for() {
+  return HWY_TARGET == HWY_AVX3 ? "avx512" : HWY_TARGET == HWY_AVX2 ? "avx2" : "baseline";
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace gdn
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace gdn {
+
+HWY_EXPORT(compiled_for);
+
 namespace {
 
 TEST(SimdTarget, EnvironmentLimitsIt) {
@@ -25,6 +48,25 @@ TEST(SimdTarget, EnvironmentLimitsIt) {
   }
 }
 
+// What is chosen must be what simd_target() says, before and after anybody asks for it.
+TEST(SimdTarget, KernelsRunOnTheOneThatIsNamed) {
+  const int64_t before = hwy::SupportedTargets();
+  const auto check = [](const char* what) {
+    const std::string first = HWY_DYNAMIC_DISPATCH(compiled_for)(), named = simd_target();
+    EXPECT_EQ(first, named) << what;
+    EXPECT_EQ(std::string(HWY_DYNAMIC_DISPATCH(compiled_for)()), named) << what;
+  };
+  check("as it was");
+  for (const char* name : {"avx512", "avx2", "baseline"}) {
+    if (limit_simd_targets(name)) {
+      EXPECT_EQ(std::string(simd_target()), name);
+    }
+    check(name);
+  }
+  hwy::SetSupportedTargetsForTest(before);
+  check("back again");
+}
+
 TEST(SimdTarget, UnknownNamesAreIgnoredWithOneLine) {
   const std::string before = simd_target();
   testing::internal::CaptureStderr();
@@ -38,3 +80,4 @@ TEST(SimdTarget, UnknownNamesAreIgnoredWithOneLine) {
 
 }  // namespace
 }  // namespace gdn
+#endif  // HWY_ONCE

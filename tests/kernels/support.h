@@ -108,7 +108,7 @@ inline void for_each_target(const std::function<void(const std::string&)>& f) {
     hwy::SetSupportedTargetsForTest(target);
     f(hwy::TargetName(target));
   }
-  hwy::SetSupportedTargetsForTest(0);
+  hwy::SetSupportedTargetsForTest(supported);  // not 0, which would lift the limit of GDN_SIMD
 }
 
 // The bytes that `run` returns must not depend on the number of threads.

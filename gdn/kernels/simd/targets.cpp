@@ -28,7 +28,10 @@ bool limit_simd_targets(const char* name) {
     std::fprintf(stderr, "gdn: GDN_SIMD must be avx512, avx2 or baseline, got %s; ignored\n", name);
     return false;
   }
-  hwy::DisableTargets(wanted - 1);
+  // Not by hwy::DisableTargets(): the next call of SupportedTargets() would have kernels chosen
+  // among all targets again.
+  const int64_t limited = hwy::SupportedTargets() & ~(wanted - 1);
+  hwy::SetSupportedTargetsForTest(limited == 0 ? HWY_STATIC_TARGET : limited);
   const bool available = (hwy::SupportedTargets() & wanted) != 0;
   if (!available) {
     std::fprintf(stderr, "gdn: this processor has no %s (GDN_SIMD); using %s\n", name,
