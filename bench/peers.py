@@ -11,6 +11,7 @@ Prints medians and ratios; needs `pip install transformers` beside torch (not a 
     python bench/peers.py --seq-len 512 4096 --threads 1 2 --json results.json
     python bench/peers.py --only model
     python bench/peers.py --only op --ggml ggml/build --ik ik_llama.cpp/build   # see bench/native_peers.py
+    python bench/peers.py --only op --vllm vllm-0.33.0   # bf16; see bench/vllm_peer.py
 """
 
 import argparse
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 
-import steady_malloc  # beside this file, as are machine and native_peers
+import steady_malloc  # beside this file, as are machine, native_peers and vllm_peer
 from machine import cpu_name
 
 # Nor are idle threads to spin beside those of the other's OpenMP.
@@ -38,6 +39,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next  # 
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "python"))
 import native_peers  # noqa: E402
+import vllm_peer  # noqa: E402
 
 import gdn  # noqa: E402  (registers torch.ops.gdn)
 
@@ -138,6 +140,38 @@ def native_rows(make, folder, threads, tokens, heads, head_dim, seconds):
 
         a, b = medians([mine, theirs], seconds)
         mode = "decode step" if T == 1 else "forward"
+        yield {"mode": mode, "T": T, "H": heads, "threads": threads, "gdn_ms": a, "peer_ms": b}
+
+
+def vllm_rows(folder, threads, tokens, heads, head_dim, seconds):
+    """One row per length of the forward, and of the decoding step, against vLLM's kernels; q, k, v in bf16 on both."""
+    for T in (1, *tokens):
+        inputs = make_inputs(T, heads, head_dim, grad=False)
+        state = torch.zeros(1, heads, head_dim, head_dim)
+        *half, g, beta = (x.bfloat16() if x is not inputs[3] else x for x in inputs)
+        if T == 1:
+            mode, theirs = "decode step", vllm_peer.step(folder, *inputs)
+            token = [x[:, 0].contiguous() for x in (*half, g, beta)]
+            op = torch.ops.gdn.gated_delta_rule_step_.default
+
+            @torch.no_grad()
+            def mine(op=op, token=token, state=state):
+                return op(*token, state, use_qk_l2norm_in_kernel=True)
+
+        else:
+            mode, theirs = "forward", vllm_peer.forward(folder, *inputs)
+            op = torch.ops.gdn.chunk_gated_delta_rule.default
+
+            @torch.no_grad()
+            def mine(op=op, inputs=(*half, g, beta), state=state):
+                return op(*inputs, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True)[0]
+
+        for _ in range(3):  # a first step starts from zeros, which hides the gate and most of the state
+            expected, o = mine().float().flatten(), theirs().float().flatten()
+        error = ((o - expected).norm() / expected.norm()).item()
+        if not error < 1e-2:  # what is left of products of numbers in bf16
+            raise SystemExit(f"peers.py: gdn and vLLM disagree on the {mode}: relative error {error:.2e}")
+        a, b = medians([mine, theirs], seconds)
         yield {"mode": mode, "T": T, "H": heads, "threads": threads, "gdn_ms": a, "peer_ms": b}
 
 
@@ -293,6 +327,7 @@ def main():
     parser.add_argument("--only", choices=["op", "model"], help="one of the two parts")
     parser.add_argument("--ggml", metavar="DIR", help="compare with ggml's libraries in this folder too")
     parser.add_argument("--ik", metavar="DIR", help="compare with ik_llama.cpp's libraries in this folder too")
+    parser.add_argument("--vllm", metavar="DIR", help="compare with vLLM's kernels, in bf16, from this folder too")
     parser.add_argument("--json", help="write the rows and the machine to this file")
     args = parser.parse_args()
 
@@ -302,7 +337,7 @@ def main():
     print(f"{machine}; {versions}; medians in ms\n")
     rows = []
     if args.only != "model":
-        print(f"The op: B=1, K=V={args.head_dim}, fp32\n")
+        print(f"The op: B=1, K=V={args.head_dim}, fp32 but for the rows of vLLM\n")
         print("| mode | T | H | threads | gdn | peer | ms | ratio |")
         print("|---|---|---|---|---|---|---|---|")
     for threads in dict.fromkeys(args.threads if args.only != "model" else []):
@@ -324,6 +359,9 @@ def main():
                 if folder:
                     for row in native_rows(make, folder, threads, args.seq_len, heads, args.head_dim, args.seconds):
                         add_op_row(rows, peer, row)
+            if args.vllm:
+                for row in vllm_rows(args.vllm, threads, args.seq_len, heads, args.head_dim, args.seconds):
+                    add_op_row(rows, "vLLM (bf16)", row)
     if args.only != "op":
         print("\nThe model: 3.96 M parameters; training B=8 T=512 with AdamW (bf16: autocast), greedy decoding B=1\n")
         print("| mode | threads | gdn ms (tok/s) | Qwen3NextForCausalLM ms (tok/s) | ratio |")

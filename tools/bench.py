@@ -8,7 +8,8 @@
 
 `run` goes on when a part fails, and says so in the file; what needs transformers is left out where it is not installed
 (GDN_PEERS_PYTHON names another interpreter that has it), ggml and ik_llama.cpp where GDN_PEERS_GGML and GDN_PEERS_IK do
-not name the folders of their libraries. Threads: 1, and all that this process may use.
+not name the folders of their libraries, vLLM's kernels where GDN_PEERS_VLLM does not name that of its sources.
+Threads: 1, and all that this process may use.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def parts(build: pathlib.Path, quick: bool) -> list[tuple[str, list[str]]]:
     found = subprocess.run([python, "-c", "import torch, transformers"], capture_output=True)
     if found.returncode == 0:
         peers = [python, str(ROOT / "bench" / "peers.py"), "--seq-len", "512", "4096", "--heads", "16", "32", *t]
-        for name in ("ggml", "ik"):  # folders of libraries, see bench/native_peers.py
+        for name in ("ggml", "ik", "vllm"):  # folders, see bench/native_peers.py and bench/vllm_peer.py
             if folder := os.environ.get(f"GDN_PEERS_{name.upper()}"):
                 peers += [f"--{name}", folder]
         models = [python, str(ROOT / "bench" / "transformers_models.py"), "--threads", t[-1]]

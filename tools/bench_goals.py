@@ -51,7 +51,8 @@ class Figures:
         if fp32 is None:
             return None
         if row["mode"] in OP_FLOP:
-            least_ms = 1e-6 * OP_FLOP[row["mode"]] * row["T"] * row["H"] / fp32
+            peak = bf16 if row["peer"] == VLLM else fp32
+            least_ms = 1e-6 * OP_FLOP[row["mode"]] * row["T"] * row["H"] / peak
         elif row["mode"].startswith("train"):
             products = MODEL_PRODUCTS / (bf16 if row["mode"].endswith("bf16") else fp32)
             least_ms = 1e-6 * row["tokens"] * (products + MODEL_OP / fp32)
@@ -68,6 +69,8 @@ class Figures:
         rows = self.result["parts"].get("mixers", {}).get("rows", [])
         return list(dict.fromkeys(row["name"].split(" ")[0] for row in rows))
 
+
+VLLM = "vLLM (bf16)"  # the peer of bench/peers.py that both sides' q, k and v are in bf16 for
 
 # Operations that the chunk form cannot avoid, per token and head at K = V = 128 (docs/performance.md, Method).
 OP_FLOP = {"forward": 114688, "forward + backward": 352256}
@@ -218,5 +221,19 @@ def goal_rows(f: Figures):
     for what, goal, by_engine in AMX_GOALS:
         if not (amx and by_engine):
             yield what, goal, "-", "not measured" if amx else "no machine with AMX was at hand"
-    reason = "not measured: part of a build of vLLM, which no benchmark here makes"
-    yield "bf16 forward: times vLLM's kernel for CPUs", "- (about 3.3x with AMX)", "-", reason
+    yield from vllm_rows(f)
+
+
+def vllm_rows(f: Figures):
+    """Both sides in bf16, on whatever products of bf16 the machine has; what is said of AMX is no goal elsewhere."""
+    what, about = "bf16 {}: times vLLM's kernel for CPUs", "- (about 3.3x with AMX)"
+    found = False
+    for mode, T in (("forward", 512), ("forward", 4096), ("decode step", 1)):
+        rows = [row for t in f.threads if (row := f.peer_row(mode, t, T, 16, VLLM))]
+        if rows:
+            found = True
+            figure = " / ".join(f"{row['peer_ms'] / row['gdn_ms']:.1f}x" for row in rows)
+            name = f"{mode} T={T} H=16" if mode == "forward" else "decode step from Python, fp32 state, H=16"
+            yield what.format(name), about if mode == "forward" else "-", figure, "printed"
+    if not found:
+        yield what.format("forward"), about, "-", "not measured: GDN_PEERS_VLLM named no sources of it"

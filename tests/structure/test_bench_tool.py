@@ -93,6 +93,22 @@ def test_goals_of_amx_stand_once_until_they_are_measured():
     assert not [row for row in with_ if row[0] == "bf16 forward, amx"]
 
 
+def test_vllm_is_compared_where_it_was_measured():
+    def rows(peers):
+        parts = {"peers": {"rows": [{"threads": 1, "mode": "forward", "T": 4096, "H": 16} | row for row in peers]}}
+        parts["ceilings"] = {"rows": [{"name": "fp32 multiply-add, avx512", "threads": 1, "rate": 100.0}]}
+        parts["ceilings"]["rows"] += [{"name": "bf16 products, AVX512_BF16", "threads": 1, "rate": 200.0}]
+        figures = bench_goals.Figures({"about": {}, "machine": MACHINE, "failed": {}, "parts": parts})
+        found = [row for row in bench_goals.goal_rows(figures) if "vLLM" in row[0]]
+        return found, [figures.possible(row) for row in parts["peers"]["rows"]]
+
+    fp32 = {"peer": "ggml", "gdn_ms": 1.0, "peer_ms": 9.0}
+    assert [row[2:] for row in rows([fp32])[0]] == [("-", "not measured: GDN_PEERS_VLLM named no sources of it")]
+    found, limits = rows([fp32, {"peer": "vLLM (bf16)", "gdn_ms": 2.0, "peer_ms": 9.0}])
+    assert [row[2:] for row in found] == [("4.5x", "printed")]
+    assert limits[1] == pytest.approx(2 * limits[0])  # against the peak of bf16
+
+
 def test_the_documents_say_what_one_file_of_results_says(bench):
     said = [
         bench.filled(bench.DOCUMENT.read_text(), bench.sections(figures)) == bench.DOCUMENT.read_text()
