@@ -90,7 +90,8 @@ struct ChunkBackward {
     core.advance_state(p, values + p * L.W * L.C * L.PW, state, next);
   }
 
-  // Calls of the prefetcher by key_products and retreat_state, and by advance for all panels.
+  // Calls of the prefetcher, at most, by key_products and retreat_state, and by advance for all
+  // panels.
   size_t pauses() const {
     const auto& L = core.L;
     const size_t reads = 2 * L.C - L.first, tile = kTileRows * L.PW;

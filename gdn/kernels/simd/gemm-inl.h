@@ -22,11 +22,13 @@ template <typename T>
 using Tag = hn::ScalableTag<T>;
 
 // A register tile is kTileRows x 2 vectors: with 32 registers 16 sums hide the FMA latency on two
-// ports and a loaded row of B is used 8 times; with 16 registers half of that.
+// ports and a loaded row of B is used 8 times; with 16 registers half of that. Half is just as many
+// sums as hide the latency, with nothing to spare, so products there take kTallRows while these fit
+// the rows that are left.
 #if HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64
-inline constexpr size_t kTileRows = 8;
+inline constexpr size_t kTileRows = 8, kTallRows = 8;
 #else
-inline constexpr size_t kTileRows = 4;
+inline constexpr size_t kTileRows = 4, kTallRows = 6;
 #endif
 
 template <typename T>
@@ -166,6 +168,12 @@ HWY_INLINE void gemm(From from, size_t m, size_t n, Depth depth, const T* a, siz
   size_t j = 0;
   for (; j + 2 * step <= n; j += 2 * step) {
     size_t i = 0;
+    if constexpr (kTallRows > kTileRows) {
+      for (; m - i >= kTallRows && m - i != 2 * kTileRows; i += kTallRows) {
+        gemm_tile<kTallRows, 2, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
+                                         c + i * ldc + j, ldc, between);
+      }
+    }
     for (; i + kTileRows <= m; i += kTileRows) {
       gemm_tile<kTileRows, 2, kTransA>(from.tile(i, j), depth, a + i * a_row, lda, b + j, ldb,
                                        c + i * ldc + j, ldc, between);
