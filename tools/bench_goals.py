@@ -236,4 +236,4 @@ def vllm_rows(f: Figures):
             name = f"{mode} T={T} H=16" if mode == "forward" else "decode step from Python, fp32 state, H=16"
             yield what.format(name), about if mode == "forward" else "-", figure, "printed"
     if not found:
-        yield what.format("forward"), about, "-", "not measured: GDN_PEERS_VLLM named no sources of it"
+        yield what.format("forward"), about, "-", "not in this run, whose GDN_PEERS_VLLM named no sources of it"
