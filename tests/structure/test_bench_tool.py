@@ -103,7 +103,9 @@ def test_vllm_is_compared_where_it_was_measured():
         return found, [figures.possible(row) for row in parts["peers"]["rows"]]
 
     fp32 = {"peer": "ggml", "gdn_ms": 1.0, "peer_ms": 9.0}
-    assert [row[2:] for row in rows([fp32])[0]] == [("-", "not in this run, whose GDN_PEERS_VLLM named no sources of it")]
+    assert [row[2:] for row in rows([fp32])[0]] == [
+        ("-", "not in this run, whose GDN_PEERS_VLLM named no sources of it")
+    ]
     found, limits = rows([fp32, {"peer": "vLLM (bf16)", "gdn_ms": 2.0, "peer_ms": 9.0}])
     assert [row[2:] for row in found] == [("4.5x", "printed")]
     assert limits[1] == pytest.approx(2 * limits[0])  # against the peak of bf16
