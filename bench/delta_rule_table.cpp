@@ -74,10 +74,6 @@ void pin_threads() {
 
 class Table {
  public:
-  explicit Table(std::string filter) : filter_(std::move(filter)) {}
-  bool wants(const std::string& group) const {
-    return filter_.empty() || group.find(filter_) != std::string::npos;
-  }
   // `at_least`: the goal is a lower bound.
   void row(const std::string& name, bool at_least, double goal, double figure, const char* unit,
            const std::string& note = "") {
@@ -97,7 +93,7 @@ class Table {
   std::string json() const { return "[\n" + json_ + "\n]\n"; }
 
  private:
-  std::string filter_, json_;
+  std::string json_;
 };
 
 Function forward_of(Problem& p) {
@@ -117,7 +113,6 @@ std::string text(const char* format, double x) {
 }
 
 void speed_rows(Table& table) {
-  if (!table.wants("speed")) return;
   const double peak = fma_gflops(num_threads());
   for (const int64_t T : {512, 4096}) {
     for (const int64_t H : {16, 32}) {
@@ -135,7 +130,6 @@ void speed_rows(Table& table) {
 }
 
 void decode_rows(Table& table) {
-  if (!table.wants("decode")) return;
   for (const int64_t heads : {16, 32, 64, 128, 256, 512}) {
     const int64_t B = heads / 16;
     Problem p({B, 1, 16, 16, 128, 128});
@@ -166,7 +160,6 @@ void decode_rows(Table& table) {
 }
 
 void family_rows(Table& table) {
-  if (!table.wants("family")) return;
   Problem gdn({1, 512, 16, 16, 128, 128});
   Problem kda({1, 512, 16, 16, 128, 128, DeltaGate::kChannel});
   const auto t =
@@ -177,7 +170,6 @@ void family_rows(Table& table) {
 
 // bf16 inputs on the backend that multiplies bf16, against the same inputs in fp32.
 void bf16_rows(Table& table) {
-  if (!table.wants("bf16")) return;
   if (pair_kernels() == nullptr) return;
   const bool amx = pair_kernels()->backend == PairBackend::kAmx;
   const int threads = num_threads();
@@ -206,7 +198,6 @@ void bf16_rows(Table& table) {
 }
 
 void size_rows(Table& table) {
-  if (!table.wants("sizes")) return;
   Problem base({1, 512, 16, 16, 128, 128});
   const auto compare = [&](const std::string& name, Shape shape, double goal) {
     Problem p(shape);
@@ -233,7 +224,6 @@ bool fits_in_memory(double bytes) {
 }
 
 void length_rows(Table& table) {
-  if (!table.wants("lengths")) return;
   double base = 0.0, base_training = 0.0;
   for (const int64_t T : {512, 2048, 8192, 32768, 65536}) {
     // Backward's inputs, outputs and what forward keeps for it: 11 times a tensor of values.
@@ -257,7 +247,6 @@ void length_rows(Table& table) {
 }
 
 void packed_rows(Table& table) {
-  if (!table.wants("packed")) return;
   Problem equal({8, 512, 16, 16, 128, 128}), mixed({8, 512, 16, 16, 128, 128});
   mixed.cut({0, 1500, 1600, 1637, 2400, 2464, 3900, 4031, 4096});
   const auto t =
@@ -268,8 +257,9 @@ void packed_rows(Table& table) {
             "x equal lengths");
 }
 
-void few_heads_rows(Table& table, int threads) {
-  if (!table.wants("few") || threads < 2) return;
+void few_heads_rows(Table& table) {
+  const int threads = num_threads();
+  if (threads < 2) return;
   for (const int64_t H : {1, 2, 3}) {
     Problem p({1, 4096, H, H, 128, 128});
     // One after the other: threads that sleep through another's turn would have to be woken first.
@@ -294,7 +284,7 @@ void few_heads_rows(Table& table, int threads) {
 }
 
 void avx2_rows(Table& table) {
-  if (!table.wants("avx2") || !limit_simd_targets("avx2")) return;
+  if (!limit_simd_targets("avx2")) return;
   const double peak = fma_gflops(num_threads());
   Problem p({1, 512, 16, 16, 128, 128});
   const auto t = medians({forward_of(p)});
@@ -302,33 +292,35 @@ void avx2_rows(Table& table) {
             "of AVX2's FMA peak");
 }
 
+struct Group {
+  std::string name;
+  void (*print)(Table&);
+};
+const Group kGroups[] = {{"speed", speed_rows},   {"decode", decode_rows},
+                         {"family", family_rows}, {"bf16", bf16_rows},
+                         {"sizes", size_rows},    {"lengths", length_rows},
+                         {"packed", packed_rows}, {"few", few_heads_rows},
+                         {"avx2", avx2_rows}};  // last: the limit stays
+
 }  // namespace
 
 int print_delta_rule_table(const std::string& filter, const std::string& json_file) {
-  const char* groups[] = {"speed",   "decode", "family", "bf16", "sizes",
-                          "lengths", "packed", "few",    "avx2"};
-  if (std::none_of(std::begin(groups), std::end(groups), [&](const std::string& group) {
-        return group.find(filter) != std::string::npos;
-      })) {
+  const auto wanted = [&](const Group& group) {
+    return group.name.find(filter) != std::string::npos;
+  };
+  if (std::none_of(std::begin(kGroups), std::end(kGroups), wanted)) {
     std::fprintf(stderr, "bench_delta_rule: --table: no group is named %s; there are",
                  filter.c_str());
-    for (const char* group : groups) std::fprintf(stderr, " %s", group);
+    for (const Group& group : kGroups) std::fprintf(stderr, " %s", group.name.c_str());
     std::fprintf(stderr, "\n");
     return 2;
   }
-  Table table(filter);
-  const int threads = num_threads();
+  Table table;
   pin_threads();
   std::printf("| what | threads | goal | figure | met | note |\n|---|---|---|---|---|---|\n");
-  speed_rows(table);
-  decode_rows(table);
-  family_rows(table);
-  bf16_rows(table);
-  size_rows(table);
-  length_rows(table);
-  packed_rows(table);
-  few_heads_rows(table, threads);
-  avx2_rows(table);  // last: the limit stays
+  for (const Group& group : kGroups) {
+    if (wanted(group)) group.print(table);
+  }
   if (json_file.empty()) return 0;
   std::FILE* file = std::fopen(json_file.c_str(), "w");
   if (file == nullptr) {

@@ -300,6 +300,13 @@ def draw(f: Figures, folder: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def save(figure, axes, name, **legend):
+        axes.set(xscale="log", yscale="log")
+        axes.legend(fontsize=7, **legend)
+        axes.grid(alpha=0.3, which="both")
+        figure.tight_layout()
+        figure.savefig(folder / name)
+
     folder.mkdir(parents=True, exist_ok=True)
     t = f.threads[-1]
     # Time against T.
@@ -317,17 +324,8 @@ def draw(f: Figures, folder: pathlib.Path) -> None:
         ]
         if points:
             axes.plot(*zip(*sorted(points)), marker="s", linestyle="--", label=f"transformers, {mode}")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tokens",
-        ylabel="microseconds per token",
-        title=f"B=1 H=16 K=V=128, fp32, {t} threads",
-    )
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    figure.savefig(folder / "time-against-tokens.png")
+    axes.set(xlabel="tokens", ylabel="microseconds per token", title=f"B=1 H=16 K=V=128, fp32, {t} threads")
+    save(figure, axes, "time-against-tokens.png")
 
     # Roofline: the fp32 peak, and the rate of memory for each working set, with what the kernels reach.
     peak, update = f.fp32_peak(t), "read and write in place "
@@ -350,14 +348,6 @@ def draw(f: Figures, folder: pathlib.Path) -> None:
         for x, y, label in marks:
             axes.plot([x], [y], "ko", markersize=5)
             axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, -10), fontsize=7)
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="flop per byte of memory",
-            ylabel="GFLOP/s",
-            title=f"fp32 peak {peak:.0f} GFLOP/s, {t} thread{'s' if t > 1 else ''}",
-        )
-        axes.legend(fontsize=7, title="memory read and written in place", title_fontsize=7)
-        axes.grid(alpha=0.3, which="both")
-        figure.tight_layout()
-        figure.savefig(folder / "roofline.png")
+        title = f"fp32 peak {peak:.0f} GFLOP/s, {t} thread{'s' if t > 1 else ''}"
+        axes.set(xlabel="flop per byte of memory", ylabel="GFLOP/s", title=title)
+        save(figure, axes, "roofline.png", title="memory read and written in place", title_fontsize=7)

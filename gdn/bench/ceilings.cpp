@@ -375,7 +375,8 @@ double Ceilings::fma() {
   return once("fma" + std::to_string(threads_), [this] { return fma_gflops(threads_); });
 }
 
-double Ceilings::bf16() {
+double Ceilings::products(bool bf16) {
+  if (!bf16) return fma();
   return once("bf16" + std::to_string(threads_), [this] {
     if (const auto amx = amx_gflops(threads_)) return *amx;
     const auto avx512 = bf16_gflops(threads_);
@@ -402,6 +403,12 @@ double Ceilings::memory_seconds(int64_t read_bytes, int64_t written_bytes) {
   if (both > 0) seconds += 1e-9 * static_cast<double>(both) / rate(Access::kCopy, all);
   if (all > both) seconds += 1e-9 * static_cast<double>(all - both) / rate(Access::kRead, all);
   return seconds;
+}
+
+double Ceilings::step_seconds(int64_t weight_bytes, int64_t state_bytes) {
+  const int64_t all = weight_bytes + state_bytes;
+  return 1e-9 * static_cast<double>(weight_bytes) / rate(Access::kRead, all) +
+         2e-9 * static_cast<double>(state_bytes) / rate(Access::kReadModifyWrite, all);
 }
 
 std::string cpu_name() {

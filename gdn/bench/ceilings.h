@@ -45,12 +45,15 @@ class Ceilings {
  public:
   explicit Ceilings(int threads) : threads_(threads) {}
   double fma();
-  double bf16();  // products of bf16: AMX's, else AVX512_BF16's, else fp32 multiply-adds
+  // Of products in fp32 (fma()) or in bf16: AMX's, else AVX512_BF16's, else fp32's.
+  double products(bool bf16);
   double exp();
   // The time in seconds that moving these bytes takes at least: reads that are written back in
   // place or beside, and reads or writes alone. The rates are those of a working set of all of
   // them.
   double memory_seconds(int64_t read_bytes, int64_t written_bytes);
+  // The same for a decoding step, which reads its weights and updates its state in place.
+  double step_seconds(int64_t weight_bytes, int64_t state_bytes);
   double rate(Access access, int64_t bytes);
 
  private:

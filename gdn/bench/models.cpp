@@ -149,7 +149,7 @@ int run_train(const Options& options) {
       Row row{name, static_cast<int>(threads), seconds, static_cast<double>(tokens) / seconds,
               "tok/s"};
       // Forward, and backward by inputs and by weights.
-      row.ceiling = 1e9 * (dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma()) /
+      row.ceiling = 1e9 * ceilings.products(dtype == at::kBFloat16) /
                     (3 * 2 * static_cast<double>(weights_in_products(model)));
       row.extra = {{"optimizer ms", 1e3 * median(updates)}};
       {
@@ -210,10 +210,7 @@ int run_decode(const Options& options) {
       Row row{name, static_cast<int>(threads), seconds, 1 / seconds, "tok/s"};
       const int64_t weight_bytes =
           weights_in_products(model) * static_cast<int64_t>(c10::elementSize(dtype));
-      const double read = ceilings.rate(Access::kRead, weight_bytes + state.bytes());
-      const double update = ceilings.rate(Access::kReadModifyWrite, weight_bytes + state.bytes());
-      row.ceiling = 1e9 / (static_cast<double>(weight_bytes) / read +
-                           2 * static_cast<double>(state.bytes()) / update);
+      row.ceiling = 1 / ceilings.step_seconds(weight_bytes, state.bytes());
       row.extra = {{"state KiB", state.bytes() / 1024}};
       const Profile profile;
       for (int i = 0; i < 64; ++i) token();

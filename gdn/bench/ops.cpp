@@ -101,7 +101,7 @@ void bench_delta(Report& report, Ceilings& ceilings, const Options& options, int
                      options.seconds);
   const double tokens = static_cast<double>(shape.B * shape.T);
   Row row{forward, threads, seconds[0], 1e-9 * shape.flops() / seconds[0], "GFLOP/s"};
-  row.ceiling = shape.dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma();
+  row.ceiling = ceilings.products(shape.dtype == at::kBFloat16);
   row.extra = {{"tok/s", tokens / seconds[0]}};
   report.add(row);
   row = Row(both, threads, seconds[1]);
@@ -156,7 +156,7 @@ void bench_linear(Report& report, Ceilings& ceilings, const Options& options, in
                w = at::randn({out, in}).to(dtype).set_requires_grad(true),
                dy = at::randn({rows, out}).to(dtype);
   const double flops = 2.0 * static_cast<double>(rows * in * out);
-  const double ceiling = dtype == at::kBFloat16 ? ceilings.bf16() : ceilings.fma();
+  const double ceiling = ceilings.products(dtype == at::kBFloat16);
   const auto add = [&](const std::string& what, const std::vector<double>& seconds, double work) {
     Row row(name + what, threads, seconds[0], 1e-9 * work / seconds[0], "GFLOP/s");
     row.ceiling = ceiling;

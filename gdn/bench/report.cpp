@@ -167,12 +167,12 @@ int run_ceilings(const Options& options) {
   Report report("ceilings", options, std::cout);
   // Measures only what is wanted.
   const auto add = [&](const std::string& name, int threads, const char* unit, const auto& rate,
-                       double ceiling = 0) {
+                       Ceilings* of_peak = nullptr) {
     if (!report.wanted(name)) return;
     const std::optional<double> measured = rate();
     if (!measured) return report.note(name + ": not available");
     Row row{name, threads, 0, *measured, unit};
-    row.ceiling = ceiling;
+    if (of_peak != nullptr) row.ceiling = of_peak->fma();
     report.add(std::move(row));
   };
   for (const int64_t n : options.threads) {
@@ -193,11 +193,8 @@ int run_ceilings(const Options& options) {
       for (const int64_t batch : {1, 6}) {
         const std::string name =
             str_cat("fp32 product ", m, "x", n_, "x", k, batch == 1 ? ", one" : ", of six");
-        if (report.wanted(name)) {
-          add(
-              name, t, "GFLOP/s", [&] { return small_gemm_gflops(t, m, n_, k, batch); },
-              ceilings.fma());
-        }
+        add(
+            name, t, "GFLOP/s", [&] { return small_gemm_gflops(t, m, n_, k, batch); }, &ceilings);
       }
     }
     add("exp, fp32, in L1", t, "Gexp/s", [&] { return exp_grate(t); });

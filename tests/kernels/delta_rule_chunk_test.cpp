@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The chunk form, forward and backward, against the oracle.
 #include "gdn/base/parallel.h"
-#include "hwy/targets.h"
 #include "tests/kernels/delta_rule_problem.h"
+#include "tests/kernels/support.h"
 
 namespace gdn::delta_rule_test {
 namespace {
@@ -64,10 +64,7 @@ TEST(DeltaRuleChunk, EveryMemberInFloat) {
 
 // Every instruction set this machine has runs the same cases.
 TEST(DeltaRuleChunk, EveryInstructionSet) {
-  const int64_t supported = hwy::SupportedTargets();
-  for (const int64_t target : {int64_t{HWY_AVX3}, int64_t{HWY_AVX2}, int64_t{HWY_STATIC_TARGET}}) {
-    if (target != HWY_STATIC_TARGET && (supported & target) == 0) continue;
-    hwy::SetSupportedTargetsForTest(target);
+  testing::for_each_target([&](const std::string& target) {
     for (const DeltaGate gate : {DeltaGate::kScalar, DeltaGate::kChannel}) {
       for (const DeltaErase erase : {DeltaErase::kKey, DeltaErase::kSeparate}) {
         for (const DType dtype : {DType::kF64, DType::kF32, DType::kF16}) {
@@ -88,8 +85,7 @@ TEST(DeltaRuleChunk, EveryInstructionSet) {
     Results r = problem.poisoned();
     delta_rule_recurrent_forward(problem.params, {r.o.data(), r.final_state.data(), nullptr});
     EXPECT_LE(relative_error(r.o, problem.naive().o), 1e-13) << target;
-  }
-  hwy::SetSupportedTargetsForTest(supported);
+  });
 }
 
 TEST(DeltaRuleChunk, HalfPrecisionStorage) {
