@@ -13,7 +13,6 @@
 #include <thread>
 
 #include "gdn/base/parallel.h"
-#include "gdn/kernels/simd/targets.h"
 #include "tests/kernels/delta_rule_problem.h"
 
 namespace gdn::delta_rule_test {
