@@ -177,8 +177,13 @@ SmallKernelTimes in_l1(SmallKernel kernel, DType dtype, int threads) {
                   twice = make_calls(arrays, kernel, dtype, 2);
       const std::vector<double> best =
           best_seconds({some.forward, twice.forward, some.backward, twice.backward});
-      const auto more = static_cast<double>(twice.elements - some.elements);
-      times[static_cast<size_t>(i)] = {(best[1] - best[0]) / more, (best[3] - best[2]) / more};
+      const auto per_element = [&](double of_some, double of_twice) {
+        const double more = of_twice - of_some;
+        return more > 0 ? more / static_cast<double>(twice.elements - some.elements)
+                        : of_twice / static_cast<double>(twice.elements);
+      };
+      times[static_cast<size_t>(i)] = {per_element(best[0], best[1]),
+                                       per_element(best[2], best[3])};
     }
   });
   SmallKernelTimes mean = {0, 0};

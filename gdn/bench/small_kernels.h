@@ -21,7 +21,8 @@ enum class SmallKernel : uint8_t {
 };
 
 // Seconds per element, while `threads` threads run it on rows of their own. It is what twice as
-// many rows take longer than some, so that what a call takes whatever its size does not count.
+// many rows take longer than some, so that what a call takes whatever its size does not count;
+// where other programs' work hides that, all that twice as many take.
 struct SmallKernelTimes {
   double forward, backward;
 };

@@ -205,11 +205,16 @@ TEST(Ceilings, FollowTheHardware) {
   const auto avx2 = bench::avx2_fma_gflops(1);
   EXPECT_GT(avx2.value_or(1), 0);
   bench::Ceilings ceilings(1);
-  // Reading alone takes time, and writing as much beside it takes more.
-  const double read = ceilings.memory_seconds(1 << 16, 0);
-  EXPECT_GT(read, 0);
-  EXPECT_GT(ceilings.memory_seconds(1 << 16, 1 << 16), read);
-  EXPECT_EQ(ceilings.memory_seconds(1 << 16, 0), read);  // measured once
+  // By the rates of reading and of copying, which are measured once.
+  const int64_t size = 1 << 16;
+  const double bytes = 1e-9 * static_cast<double>(size);
+  EXPECT_DOUBLE_EQ(ceilings.memory_seconds(size, 0),
+                   bytes / ceilings.rate(bench::Access::kRead, size));
+  EXPECT_DOUBLE_EQ(ceilings.memory_seconds(size, size),
+                   2 * bytes / ceilings.rate(bench::Access::kCopy, 2 * size));
+  EXPECT_DOUBLE_EQ(ceilings.memory_seconds(2 * size, size),
+                   2 * bytes / ceilings.rate(bench::Access::kCopy, 3 * size) +
+                       bytes / ceilings.rate(bench::Access::kRead, 3 * size));
   for (const auto& [name, rate] : bench::unit_rates(1)) EXPECT_GT(rate, 0) << name;
 }
 
