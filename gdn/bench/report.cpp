@@ -5,7 +5,6 @@
 #include <torch/version.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <iostream>
 #include <limits>
@@ -21,8 +20,6 @@
 
 namespace gdn::bench {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 std::string number(double value) {
   char text[32];
@@ -115,6 +112,12 @@ void Report::finish() {
     throw UsageError(str_cat("no row of gdn bench ", what_, " has a name that contains \"",
                              options_.filter, "\"; without --filter it prints them all"));
   }
+  const TimedCalls calls = timed_calls();
+  if (const int64_t all = calls.all - calls_before_.all; all > 0) {
+    note(str_cat(100 * (calls.alone - calls_before_.alone) / all,
+                 " % of the calls timed had their cores alone; the medians are of these, where "
+                 "there are enough"));
+  }
   const nlohmann::ordered_json all = {{"bench", what_},
                                       {"machine", machine_info()},
                                       {"versions", version_info(options_)},
@@ -134,29 +137,7 @@ nlohmann::ordered_json version_info(const Options& options) {
 
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
                                    double seconds, bool warm) {
-  std::vector<std::vector<double>> samples(functions.size());
-  for (const auto& f : functions) f();
-  const auto begin = Clock::now();
-  const auto elapsed = [](Clock::time_point since) {
-    return std::chrono::duration<double>(Clock::now() - since).count();
-  };
-  while (samples[0].size() < 3 || elapsed(begin) < seconds) {
-    for (size_t i = 0; i < functions.size(); ++i) {
-      if (warm) functions[i]();
-      const auto start = Clock::now();
-      functions[i]();
-      samples[i].push_back(elapsed(start));
-    }
-  }
-  std::vector<double> medians;
-  for (auto& s : samples) medians.push_back(median(std::move(s)));
-  return medians;
-}
-
-double median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+  return medians_in_turn(functions, {.seconds = seconds, .warm = warm});
 }
 
 double median_seconds(const std::function<void()>& function, double seconds) {

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "gdn/bench/timing.h"
+
 namespace gdn::bench {
 
 struct Options {
@@ -71,6 +73,7 @@ class Report {
 
   std::ostream& out_;
   std::string heading_;  // not yet printed
+  TimedCalls calls_before_ = timed_calls();
   nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
   nlohmann::ordered_json notes_ = nlohmann::ordered_json::array();
 };
@@ -79,13 +82,10 @@ class Report {
 nlohmann::ordered_json machine_info();
 nlohmann::ordered_json version_info(const Options& options);
 
-// Median seconds of each function, called in turn for about `seconds` in all, at least 3 times.
-// `warm`: each is called once more before every call that counts, so that it finds in the caches
-// what it left there itself, as the ceilings do, and not what the function before it left.
+// Median seconds of each function, called in turn for about `seconds` in all, as time_in_turn does.
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
                                    double seconds, bool warm = false);
 double median_seconds(const std::function<void()>& function, double seconds);
-double median(std::vector<double> values);
 
 // The commands. Each returns the exit status.
 int run_ceilings(const Options& options);
