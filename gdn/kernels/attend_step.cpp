@@ -148,6 +148,10 @@ void attend_step_t(const AttendStepParams& p, void* o) {
     std::fill_n(sum, p.V, A{0});
     A weight = 0;
     for (int64_t s = 0; s < segments; ++s) {
+      // Scores of minus infinity only: nothing beside others, and no number by themselves.
+      if (part(s)[p.V + 1] == -std::numeric_limits<A>::infinity() && largest != part(s)[p.V + 1]) {
+        continue;
+      }
       const A factor = std::exp(part(s)[p.V + 1] - largest);
       weight += factor * part(s)[p.V];
       for (int64_t i = 0; i < p.V; ++i) sum[i] += factor * part(s)[i];
@@ -172,8 +176,9 @@ namespace {
 HWY_EXPORT(attend_step_any);
 
 void check(const AttendStepParams& p) {
-  GDN_CHECK(p.B >= 0 && p.S >= 1 && p.K >= 1 && p.V >= 1,
-            "[attend_step] S, K and V must be at least 1, got ", p.S, ", ", p.K, ", ", p.V);
+  GDN_CHECK(p.B >= 0, "[attend_step] B must be at least 0, got ", p.B);
+  GDN_CHECK(p.S >= 1 && p.K >= 1 && p.V >= 1, "[attend_step] S, K and V must be at least 1, got ",
+            p.S, ", ", p.K, ", ", p.V);
   GDN_CHECK(p.HK >= 1 && p.H >= 1 && p.H % p.HK == 0,
             "[attend_step] the heads of keys must divide those of queries, got ", p.HK, " and ",
             p.H);

@@ -86,6 +86,21 @@ TEST(AttendStep, HandsNaNOn) {
   for (int64_t i = 16; i < 32; ++i) EXPECT_FALSE(std::isnan(problem.o[i])) << i;
 }
 
+TEST(AttendStep, TokensOfNoWeightAddNothing) {
+  // All tokens of a segment, those of two, and all but the last one score minus infinity.
+  for (const auto& [first, end] : {std::pair<int64_t, int64_t>{0, 256}, {100, 600}, {0, 699}}) {
+    Problem<float> problem(1, 700, 1, 1, 16, 16);
+    std::fill(problem.q.begin(), problem.q.end(), 1.0f);
+    for (int64_t s = first; s < end; ++s) {
+      problem.k[s * problem.p.k_stride] = -std::numeric_limits<float>::infinity();
+    }
+    attend_step(problem.p, problem.o.data());
+    std::vector<double> expected(problem.o.size());
+    attend_step_naive(problem.p, expected.data());
+    testing::expect_close(problem.o, expected, 1e-5, "minus infinity");
+  }
+}
+
 TEST(AttendStep, RefusesWhatItCannotDo) {
   Problem<float> problem(1, 3, 4, 2, 8, 8);
   problem.p.HK = 3;
