@@ -6,12 +6,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <tuple>
 #include <utility>
 
 #include "gdn/base/check.h"
@@ -111,11 +113,20 @@ Target find_target(const std::string& path) {
   throw Error(str_cat("[write] cannot write ", path, ": ", cause(ELOOP)));
 }
 
-// Makes the file that is to become `target`, which `path` stands for.
+// Makes the file that is to become `target`, which `path` stands for: with the permissions of the
+// file that is there, if one is.
 std::pair<int, std::string> open_temporary(const std::string& path, const std::string& target) {
   static std::atomic<unsigned> counter{0};
-  std::string name = str_cat(target, ".tmp-", ::getpid(), "-", counter++);
-  const int fd = open_retrying(name.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);
+  constexpr size_t kLongest = 200;  // of a name, which gets longer
+  const size_t start = target.rfind('/') + 1;
+  const std::string begin = target.substr(0, start + std::min(kLongest, target.size() - start));
+  std::string name;
+  int fd = -1;
+  // A process of this number that was killed may have left some behind.
+  for (int attempt = 0; attempt < 1000 && fd < 0 && (attempt == 0 || errno == EEXIST); ++attempt) {
+    name = str_cat(begin, ".tmp-", ::getpid(), "-", counter++);
+    fd = open_retrying(name.c_str(), O_WRONLY | O_CREAT | O_EXCL, 0666);
+  }
   if (fd < 0) {
     const int error = errno;
     const std::string folder = folder_of(target);
@@ -124,6 +135,9 @@ std::pair<int, std::string> open_temporary(const std::string& path, const std::s
     throw Error(str_cat("[write] cannot write ", path, ": no file can be made in the folder ",
                         folder, ": ", cause(error)));
   }
+  struct stat info {};
+  // Some file systems have no permissions to set.
+  if (::stat(target.c_str(), &info) == 0) std::ignore = ::fchmod(fd, info.st_mode & 07777);
   return {fd, std::move(name)};
 }
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <csignal>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <string>
 
@@ -54,6 +55,34 @@ TEST_F(FileTest, WritesReadsAndMaps) {
   EXPECT_EQ(moved.text(), expected);
   EXPECT_EQ(mapped.size(), 0u);
   EXPECT_EQ(num_files(), 1u);
+}
+
+TEST_F(FileTest, KeepsThePermissionsOfWhatItReplaces) {
+  atomic_write_file(path("a"), "old");
+  for (const auto mode : {fs::perms{0600}, fs::perms{0640}, fs::perms{0755}}) {
+    fs::permissions(path("a"), mode);
+    atomic_write_file(path("a"), "new");
+    EXPECT_EQ(fs::status(path("a")).permissions(), mode);
+  }
+}
+
+TEST_F(FileTest, NamesMayBeAsLongAsTheFileSystemAllows) {
+  const std::string name(255, 'n');
+  check_writable(path(name));
+  atomic_write_file(path(name), "text");
+  EXPECT_EQ(read_text_file(path(name)), "text");
+  EXPECT_EQ(num_files(), 1u);
+}
+
+TEST_F(FileTest, WhatAKilledProcessLeftIsNotInTheWay) {
+  // The names that this process would take next.
+  const std::string number = "a.tmp-" + std::to_string(::getpid()) + "-";
+  for (int i = 0; i < 20; ++i) std::ofstream(path(number + std::to_string(i))) << "half";
+  check_writable(path("a"));
+  atomic_write_file(path("a"), "whole");
+  EXPECT_EQ(read_text_file(path("a")), "whole");
+  EXPECT_EQ(num_files(), 21u);
+  EXPECT_EQ(read_text_file(path(number + "0")), "half");
 }
 
 TEST_F(FileTest, EmptyFile) {
