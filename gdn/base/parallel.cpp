@@ -2,6 +2,7 @@
 #include "gdn/base/parallel.h"
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sched.h>
 #endif
 
@@ -24,6 +25,7 @@ namespace gdn {
 namespace {
 
 thread_local bool in_parallel_region = false;
+bool forked = false;  // since the pool of threads was made
 
 std::vector<int> find_cpus() {
   std::vector<int> cpus;
@@ -71,21 +73,20 @@ void spin_until(Ready ready) {
 
 // Threads that sleep between calls: waking them takes tens of microseconds, starting them ten times
 // that, which a decoding step would feel. One call at a time has them; a second, from another
-// thread, runs alone.
+// thread, runs alone, and so do those of a forked process, which has the object without its
+// threads. Never destroyed, or such a process would wait for them.
 class Pool {
  public:
-  ~Pool() {
-    {
-      std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (auto& t : threads_) t.join();
+#ifdef __linux__
+  Pool() {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
   }
+#endif
 
   // Runs `work` on this thread and on up to `helpers` others, and returns when all that have begun
   // are through: who wakes too late to find work is not waited for.
   void run(int64_t helpers, const std::function<void()>& work) {
+    if (forked) return work();
     std::unique_lock busy(busy_, std::try_to_lock);
     if (!busy.owns_lock()) return work();
     {
@@ -116,11 +117,10 @@ class Pool {
     while (true) {
       if (threads_.size() < cpus_at_start.size()) {
         lock.unlock();
-        spin_until([&] { return stop_ || call_ != seen; });
+        spin_until([&] { return call_ != seen; });
         lock.lock();
       }
-      wake_.wait(lock, [&] { return stop_ || call_ != seen; });
-      if (stop_) return;
+      wake_.wait(lock, [&] { return call_ != seen; });
       seen = call_;
       if (index >= helpers_) continue;
       const std::function<void()>& work = *work_;
@@ -140,11 +140,10 @@ class Pool {
   // Read without the lock, too.
   std::atomic<int64_t> running_{0};
   std::atomic<uint64_t> call_{0};
-  std::atomic<bool> stop_{false};
 };
 
 void builtin_run(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn) {
-  static Pool pool;
+  static Pool& pool = *new Pool;
   const int64_t pieces_wanted = (end - begin + grain - 1) / grain;
   const int64_t threads = std::min<int64_t>(builtin_threads.load(), pieces_wanted);
   std::atomic<int64_t> next{begin};

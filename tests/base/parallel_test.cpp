@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -72,6 +73,12 @@ TEST_P(Parallel, SeveralCallersAtOnce) {
   }
   for (auto& caller : callers) caller.join();
   EXPECT_EQ(failures, 0);
+}
+
+TEST_P(Parallel, AForkedProcessWorksOnAndExits) {
+  EXPECT_TRUE(covers_once(50, 1));  // the threads are there
+  testing::FLAGS_gtest_death_test_style = "fast";
+  EXPECT_EXIT(std::exit(covers_once(50, 1) ? 7 : 8), testing::ExitedWithCode(7), "");
 }
 
 INSTANTIATE_TEST_SUITE_P(Threads, Parallel, testing::Values(1, 2, 4));
