@@ -180,7 +180,11 @@ HWY_EXPORT(matvec_any);
 void matvec(const MatvecParams& p) {
   GDN_CHECK(p.dtype == DType::kF32 || p.dtype == DType::kBF16,
             "[matvec] the dtype must be float32 or bfloat16");
-  GDN_CHECK(p.rows >= 0 && p.in >= 1, "[matvec] in must be at least 1, got ", p.in);
+  GDN_CHECK(p.rows >= 0, "[matvec] rows must be at least 0, got ", p.rows);
+  GDN_CHECK(p.in >= 1, "[matvec] in must be at least 1, got ", p.in);
+  for (const MatvecWeight& w : p.weights) {
+    GDN_CHECK(w.out >= 0, "[matvec] out must be at least 0, got ", w.out);
+  }
   if (p.rows == 0) return;
   HWY_DYNAMIC_DISPATCH(matvec_any)(p);
 }

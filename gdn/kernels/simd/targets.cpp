@@ -34,8 +34,8 @@ bool limit_simd_targets(const char* name) {
   hwy::SetSupportedTargetsForTest(limited == 0 ? HWY_STATIC_TARGET : limited);
   const bool available = (hwy::SupportedTargets() & wanted) != 0;
   if (!available) {
-    std::fprintf(stderr, "gdn: this processor has no %s (GDN_SIMD); using %s\n", name,
-                 simd_target());
+    std::fprintf(stderr, "gdn: no %s, by the processor or an earlier limit (GDN_SIMD); using %s\n",
+                 name, simd_target());
   }
   return available;
 }
