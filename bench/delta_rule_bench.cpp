@@ -9,11 +9,13 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <string>
 #include <vector>
 
 #include "bench/delta_rule_problem.h"
 #include "bench/delta_rule_table.h"
+#include "gdn/base/check.h"
 #include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
@@ -142,7 +144,14 @@ int main(int argc, char** argv) {
       json = arg.substr(sizeof("--json=") - 1);
     }
   }
-  if (table) return gdn::bench::print_delta_rule_table(group, json);
+  if (table) {
+    try {
+      return gdn::bench::print_delta_rule_table(group, json);
+    } catch (const gdn::Error& error) {
+      std::fprintf(stderr, "bench_delta_rule: %s\n", error.what());
+      return 1;
+    }
+  }
   gdn::add_all();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;

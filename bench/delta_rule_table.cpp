@@ -17,6 +17,7 @@
 
 #include "bench/bandwidth.h"
 #include "bench/delta_rule_problem.h"
+#include "gdn/base/file.h"
 #include "gdn/base/pages.h"
 #include "gdn/base/parallel.h"
 #include "gdn/bench/ceilings.h"
@@ -315,6 +316,7 @@ int print_delta_rule_table(const std::string& filter, const std::string& json_fi
     std::fprintf(stderr, "\n");
     return 2;
   }
+  if (!json_file.empty()) check_writable(json_file);
   Table table;
   pin_threads();
   std::printf(
@@ -322,14 +324,7 @@ int print_delta_rule_table(const std::string& filter, const std::string& json_fi
   for (const Group& group : kGroups) {
     if (wanted(group)) group.print(table);
   }
-  if (json_file.empty()) return 0;
-  std::FILE* file = std::fopen(json_file.c_str(), "w");
-  if (file == nullptr) {
-    std::fprintf(stderr, "bench_delta_rule: cannot write %s\n", json_file.c_str());
-    return 1;
-  }
-  std::fputs(table.json().c_str(), file);
-  std::fclose(file);
+  if (!json_file.empty()) atomic_write_file(json_file, table.json());
   return 0;
 }
 

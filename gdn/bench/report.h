@@ -82,7 +82,8 @@ class Report {
 nlohmann::ordered_json machine_info();
 nlohmann::ordered_json version_info(const Options& options);
 
-// Median seconds of each function, called in turn for about `seconds` in all, as time_in_turn does.
+// Median seconds of each function, called in turn for about `seconds` in all, as medians_in_turn
+// does.
 std::vector<double> median_seconds(const std::vector<std::function<void()>>& functions,
                                    double seconds, bool warm = false);
 double median_seconds(const std::function<void()>& function, double seconds);

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
+#include <utility>
 
 #include "gdn/base/parallel.h"
 
@@ -68,19 +70,20 @@ double instructions_per_cycle() {
 double instructions_per_cycle() { return 1; }
 #endif
 
-// The fewest that a thread of parallel_for has, all of them at it together.
+// The fewest that a thread of parallel_for has, all of them at it together; 0 where they do not
+// come together.
 double least_instructions_per_cycle() {
+  constexpr auto kWait = std::chrono::microseconds(200);
   const int threads = num_threads();
   std::atomic<int> arrived{0};
   std::vector<double> found(static_cast<size_t>(threads), 0.0);
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    arrived.fetch_add(static_cast<int>(end - begin));
-    // So that no thread takes two shares; but where there are fewer threads, nobody comes.
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    ++arrived;
     const auto start = Clock::now();
-    while (arrived.load() < threads && Clock::now() - start < std::chrono::milliseconds(1)) {
+    while (arrived < threads && Clock::now() - start < kWait) {
     }
-    const double mine = instructions_per_cycle();
-    std::fill(found.begin() + begin, found.begin() + end, mine);
+    // Who is alone here would do the others' share on the same core.
+    if (arrived == threads) found[static_cast<size_t>(begin)] = instructions_per_cycle();
   });
   return *std::min_element(found.begin(), found.end());
 }
@@ -90,7 +93,9 @@ class Most {
  public:
   Most() {
     // A core that is shared is alone for moments.
-    for (int probe = 0; probe < 1000; ++probe) see(least_instructions_per_cycle());
+    for (const auto start = Clock::now(); Clock::now() - start < std::chrono::milliseconds(20);) {
+      see(least_instructions_per_cycle());
+    }
   }
   double see(double now) {
     const double both = std::min(now, last_);
@@ -106,9 +111,11 @@ class Most {
 }  // namespace
 
 double core_share() {
-  static Most most;
+  if (static_cast<size_t>(num_threads()) > allowed_cpus().size()) return 0;
+  static std::map<int, Most> by_threads;
+  Most& most = by_threads[num_threads()];
   const double now = least_instructions_per_cycle();
-  return std::min(1.0, now / most.see(now));
+  return now > 0 ? std::min(1.0, now / std::max(now, most.see(now))) : 0;
 }
 
 double median(std::vector<double> values) {
@@ -125,25 +132,38 @@ std::vector<double> medians_in_turn(const std::vector<std::function<void()>>& fu
     return std::all_of(samples.begin(), samples.end(), [](const auto& s) { return s.size() >= 3; });
   };
   for (const auto& f : functions) f();
+  if (functions.empty()) return {};
+  // Calls since the last probe, which come to so much that probes are few beside them.
+  std::vector<std::pair<size_t, double>> between;
+  constexpr double kBetween = 2e-4;
   bool alone_before = core_share() >= kAlone;
-  for (double spent = 0; !enough(all) || spent < options.seconds ||
-                         (!enough(alone) && spent < options.patience * options.seconds);) {
+  double last_probe = steady_now();
+  const double begin = last_probe, limit = options.patience * options.seconds;
+  const auto probe = [&] {
+    const bool alone_after = core_share() >= kAlone;
+    for (const auto& [i, seconds] : between) {
+      if (alone_before && alone_after) alone[i].push_back(seconds);
+    }
+    calls_alone += alone_before && alone_after ? static_cast<int64_t>(between.size()) : 0;
+    between.clear();
+    alone_before = alone_after;
+    last_probe = steady_now();
+  };
+  for (double spent = 0; !enough(all) || (steady_now() - begin < limit && spent < limit &&
+                                          (spent < options.seconds || !enough(alone)));) {
     for (size_t i = 0; i < functions.size(); ++i) {
       if (options.warm) functions[i]();
       const double start = now();
       functions[i]();
       const double seconds = now() - start;
-      const bool alone_after = core_share() >= kAlone;
-      all[i].push_back(seconds);
-      ++calls;
-      if (alone_before && alone_after) {
-        alone[i].push_back(seconds);
-        ++calls_alone;
-      }
-      alone_before = alone_after;
       spent += seconds;
+      all[i].push_back(seconds);
+      between.emplace_back(i, seconds);
+      ++calls;
+      if (steady_now() - last_probe >= kBetween) probe();
     }
   }
+  probe();
   std::vector<double> medians;
   for (auto& samples : enough(alone) ? alone : all) medians.push_back(median(std::move(samples)));
   return medians;

@@ -12,9 +12,10 @@
 namespace gdn::bench {
 
 // Instructions that the threads of parallel_for begin per cycle just now, the fewest of them all,
-// as a share of the most that this process has seen: near 1 for who has the core alone, near 1/2
-// for who shares it. Takes some 10 us, the first time some 10 ms. 1 where it can't be measured. For
-// one thread at a time.
+// as a share of the most that as many have had in this process: near 1 for who has the core alone,
+// near 1/2 for who shares it; 0 where there are more threads than CPUs, or not all are at work
+// within 200 us. 1 where it can't be measured. Takes some 10 us, the first time 20 ms. For one
+// thread at a time.
 double core_share();
 
 // The middle one, the upper of two. Takes one value or more.
@@ -22,7 +23,9 @@ double median(std::vector<double> values);
 
 struct TimingOptions {
   double seconds = 0.5;  // of measuring, for all functions together
-  double patience = 2;   // times as long to wait for calls that have their cores alone
+  // At most so many times as long, to wait for calls that have their cores alone; all else that
+  // takes time is counted, too.
+  double patience = 2;
   // Each is called once more before every call that counts, so that it finds in the caches what it
   // left there itself, and not what the function before it left.
   bool warm = false;

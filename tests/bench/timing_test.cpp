@@ -62,6 +62,16 @@ TEST(MediansInTurn, WarmUpBeforeEachCallIfAsked) {
   EXPECT_EQ(medians, (std::vector<double>{2, 60}));
 }
 
+TEST(MediansInTurn, OfNothingAreNone) { EXPECT_TRUE(medians_in_turn({}, {}).empty()); }
+
+TEST(MediansInTurn, EndInTimeWhereCallsTakeNone) {
+  int64_t calls = 0;
+  const auto medians = medians_in_turn({[&calls] { ++calls; }},
+                                       {.seconds = 0.01, .patience = 1, .now = [] { return 0.0; }});
+  EXPECT_EQ(medians, std::vector<double>{0});
+  EXPECT_GE(calls, 4);
+}
+
 TEST(MediansInTurn, WaitForCoresAloneForALimitedTime) {
   Calls calls;
   const TimedCalls before = timed_calls();
@@ -72,18 +82,23 @@ TEST(MediansInTurn, WaitForCoresAloneForALimitedTime) {
   EXPECT_LE(timed, 30);
   EXPECT_EQ(after.all - before.all, timed);
   const int64_t alone = after.alone - before.alone;
-  EXPECT_TRUE(timed == 10 || timed == 30 || alone == 3) << timed << " " << alone;
-  EXPECT_TRUE(timed == 10 || alone <= 3) << timed << " " << alone;
+  EXPECT_LE(alone, timed);
+  // It ends before its time where enough had their cores alone.
+  EXPECT_TRUE(timed == 10 || timed == 30 || alone >= 3) << timed << " " << alone;
 }
 
 TEST(CoreShare, IsAShare) {
   const int threads = num_threads();
-  for (const int n : {1, 2, 3}) {
+  for (const int n : {1, 2}) {
     set_num_threads(n);
     const double share = core_share();
-    EXPECT_GT(share, 0) << n;
+    EXPECT_GE(share, 0) << n;
     EXPECT_LE(share, 1) << n;
   }
+  set_num_threads(1);
+  EXPECT_GT(core_share(), 0);
+  set_num_threads(static_cast<int>(allowed_cpus().size()) + 1);
+  EXPECT_EQ(core_share(), 0);
   set_num_threads(threads);
 }
 
