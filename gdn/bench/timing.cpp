@@ -126,13 +126,13 @@ double median(std::vector<double> values) {
 
 std::vector<double> medians_in_turn(const std::vector<std::function<void()>>& functions,
                                     const TimingOptions& options) {
+  if (functions.empty()) return {};
   const auto now = options.now != nullptr ? options.now : steady_now;
   std::vector<std::vector<double>> all(functions.size()), alone(functions.size());
   const auto enough = [](const std::vector<std::vector<double>>& samples) {
     return std::all_of(samples.begin(), samples.end(), [](const auto& s) { return s.size() >= 3; });
   };
   for (const auto& f : functions) f();
-  if (functions.empty()) return {};
   // Calls since the last probe, which come to so much that probes are few beside them.
   std::vector<std::pair<size_t, double>> between;
   constexpr double kBetween = 2e-4;
@@ -152,15 +152,18 @@ std::vector<double> medians_in_turn(const std::vector<std::function<void()>>& fu
   for (double spent = 0; !enough(all) || (steady_now() - begin < limit && spent < limit &&
                                           (spent < options.seconds || !enough(alone)));) {
     for (size_t i = 0; i < functions.size(); ++i) {
-      if (options.warm) functions[i]();
-      const double start = now();
-      functions[i]();
-      const double seconds = now() - start;
-      spent += seconds;
-      all[i].push_back(seconds);
-      between.emplace_back(i, seconds);
-      ++calls;
-      if (steady_now() - last_probe >= kBetween) probe();
+      if (options.warm || options.stretch > 0) functions[i]();
+      const double turn = now();
+      do {
+        const double start = now();
+        functions[i]();
+        const double seconds = now() - start;
+        spent += seconds;
+        all[i].push_back(seconds);
+        between.emplace_back(i, seconds);
+        ++calls;
+        if (steady_now() - last_probe >= kBetween) probe();
+      } while (now() - turn < options.stretch);
     }
   }
   probe();

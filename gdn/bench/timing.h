@@ -29,6 +29,8 @@ struct TimingOptions {
   // Each is called once more before every call that counts, so that it finds in the caches what it
   // left there itself, and not what the function before it left.
   bool warm = false;
+  // Each is called for so many seconds at a time, after one such call.
+  double stretch = 0;
   double (*now)() = nullptr;  // a clock in seconds; null: the steady one
 };
 

@@ -62,6 +62,20 @@ TEST(MediansInTurn, WarmUpBeforeEachCallIfAsked) {
   EXPECT_EQ(medians, (std::vector<double>{2, 60}));
 }
 
+TEST(MediansInTurn, CallEachForAStretch) {
+  Calls calls;
+  const auto medians = medians_in_turn(
+      calls.functions({{1}, {3}}), {.seconds = 0, .patience = 1, .stretch = 6, .now = fake_now});
+  // One call each, then by turns one that does not count and 6 s of those that do.
+  EXPECT_EQ(calls.order,
+            "ab"
+            "aaaaaaa"
+            "bbb"
+            "aaaaaaa"
+            "bbb");
+  EXPECT_EQ(medians, (std::vector<double>{1, 3}));
+}
+
 TEST(MediansInTurn, OfNothingAreNone) { EXPECT_TRUE(medians_in_turn({}, {}).empty()); }
 
 TEST(MediansInTurn, EndInTimeWhereCallsTakeNone) {
