@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <torch/version.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <limits>
