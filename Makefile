@@ -7,6 +7,8 @@ BUILD := build
 PYTHON := .venv/bin/python
 # Jobs: one per core, but no more than memory carries at about 1.2 GB for a source that includes torch.
 JOBS ?= $(shell awk -v cores="$$(nproc)" '/^MemAvailable/ {n = int($$2 / 1258291); print n < 1 ? 1 : n < cores ? n : cores}' /proc/meminfo)
+# The slow tests are for `make test-all`.
+ASAN_TESTS := -E Slow
 NINJA = cmake --build $(1) --parallel $(JOBS)
 
 help:  ## list the commands
@@ -31,7 +33,7 @@ test: setup $(BUILD)/build.ninja  ## set up, build, run the C++ and Python tests
 test-all: setup $(BUILD)/build.ninja  ## the same with the slow tests, and the memory-safety build
 	$(call NINJA,$(BUILD))
 	scripts/test.sh $(BUILD) --all
-	$(MAKE) asan
+	$(MAKE) asan ASAN_TESTS=
 
 bench: setup  ## run all benchmarks (tens of minutes): bench/results/, tables of docs/performance.md and README.md, pictures
 	cmake --preset release -DGDN_PCH=ON -DGDN_BENCH=ON
@@ -42,7 +44,7 @@ bench: setup  ## run all benchmarks (tens of minutes): bench/results/, tables of
 asan: setup  ## AddressSanitizer and UBSan: torch-free kernels, parsers, short fuzzing
 	cmake --preset asan
 	$(call NINJA,build-asan)
-	ctest --test-dir build-asan --output-on-failure --parallel $(JOBS)
+	ctest --test-dir build-asan --output-on-failure --parallel $(JOBS) $(ASAN_TESTS)
 
 lint:  ## formatting, ruff and banned includes, without changing anything
 	@scripts/setup.sh lint
