@@ -79,8 +79,10 @@ void attend_segment(const AttendStepParams& p, int64_t b, int64_t head, int64_t 
     score_tokens(k, p.k_stride, count, q + g * p.K, p.K, scores);
     A largest = -std::numeric_limits<A>::infinity();
     for (int64_t s = 0; s < count; ++s) largest = std::max(largest, scores[s]);
+    // Scores of minus infinity only have no weight, and are no numbers where there are no others.
+    const A top = std::max(largest, std::numeric_limits<A>::lowest());
     for_lanes<A>(count, [&](auto d, int64_t s) HWY_ATTR {
-      const auto below = hn::Sub(hn::LoadU(d, scores + s), hn::Set(d, largest));
+      const auto below = hn::Sub(hn::LoadU(d, scores + s), hn::Set(d, top));
       hn::StoreU(exp_of(d, below), d, scores + s);
     });
     A weight = 0;
@@ -148,10 +150,6 @@ void attend_step_t(const AttendStepParams& p, void* o) {
     std::fill_n(sum, p.V, A{0});
     A weight = 0;
     for (int64_t s = 0; s < segments; ++s) {
-      // Scores of minus infinity only: nothing beside others, and no number by themselves.
-      if (part(s)[p.V + 1] == -std::numeric_limits<A>::infinity() && largest != part(s)[p.V + 1]) {
-        continue;
-      }
       const A factor = std::exp(part(s)[p.V + 1] - largest);
       weight += factor * part(s)[p.V];
       for (int64_t i = 0; i < p.V; ++i) sum[i] += factor * part(s)[i];

@@ -101,6 +101,22 @@ TEST(AttendStep, TokensOfNoWeightAddNothing) {
   }
 }
 
+TEST(AttendStep, TokensOfNoWeightHandNaNOn) {
+  Problem<float> problem(1, 700, 1, 1, 16, 16);
+  std::fill(problem.q.begin(), problem.q.end(), 1.0f);
+  const auto hide = [&](int64_t tokens) {
+    for (int64_t s = 0; s < tokens; ++s) {
+      problem.k[s * problem.p.k_stride] = -std::numeric_limits<float>::infinity();
+    }
+    attend_step(problem.p, problem.o.data());
+  };
+  problem.v[3] = std::numeric_limits<float>::quiet_NaN();  // times a weight of zero
+  hide(256);
+  for (int64_t i = 0; i < 16; ++i) EXPECT_EQ(std::isnan(problem.o[i]), i == 3) << i;
+  hide(700);
+  for (int64_t i = 0; i < 16; ++i) EXPECT_TRUE(std::isnan(problem.o[i])) << i;
+}
+
 TEST(AttendStep, RefusesWhatItCannotDo) {
   Problem<float> problem(1, 3, 4, 2, 8, 8);
   problem.p.HK = 3;
