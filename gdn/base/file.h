@@ -35,9 +35,9 @@ class FileWriter {
 // Replaces `path` by what `fill` writes, or leaves it as it was: writes a temporary file in the
 // same folder, syncs it, renames it over `path`, and syncs the folder. When anything fails, an
 // exception of `fill` included, the temporary file is removed and `path` is untouched. A file that
-// was there keeps its permissions. Where `path`
-// is a symbolic link, that is done to the file it leads to. What is no regular file, such as a
-// device, a FIFO or /dev/stdout, is opened and written to instead, as far as `fill` gets.
+// was there keeps its permissions. Where `path` is a symbolic link, that is done to the file it
+// leads to. What is no regular file, such as a device, a FIFO or /dev/stdout, is opened and written
+// to instead, as far as `fill` gets.
 void atomic_write_file(const std::string& path, const std::function<void(FileWriter&)>& fill);
 void atomic_write_file(const std::string& path, std::string_view content);
 

@@ -19,8 +19,7 @@ struct ParallelBackend {
 
 // Calls fn on disjoint ranges that cover [begin, end), each at least `grain` long but the last.
 // Which thread gets which range is not fixed, so a kernel must give the same bits for every split.
-// Exceptions reach the caller. A call from inside fn runs serially, unless fn has the whole
-// range.
+// Exceptions reach the caller. A call from inside fn runs serially, unless fn has the whole range.
 void parallel_for_ranges(int64_t begin, int64_t end, int64_t grain, const RangeFn& fn);
 // By reference, so that a RangeFn of it takes no memory of its own.
 template <typename Fn>

@@ -141,10 +141,10 @@ std::vector<double> medians_in_turn(const std::vector<std::function<void()>>& fu
   const double begin = last_probe, limit = options.patience * options.seconds;
   const auto probe = [&] {
     const bool alone_after = core_share() >= kAlone;
-    for (const auto& [i, seconds] : between) {
-      if (alone_before && alone_after) alone[i].push_back(seconds);
+    if (alone_before && alone_after) {
+      for (const auto& [i, seconds] : between) alone[i].push_back(seconds);
+      calls_alone += static_cast<int64_t>(between.size());
     }
-    calls_alone += alone_before && alone_after ? static_cast<int64_t>(between.size()) : 0;
     between.clear();
     alone_before = alone_after;
     last_probe = steady_now();
